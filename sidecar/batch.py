@@ -1,0 +1,139 @@
+"""Folded events to closed batches of rows: each trade has its row, each touched account one final row.
+
+A batch is a value: once closed it never changes, so a retry sends the identical rows with the identical stamp. It holds
+a contiguous run of the stream; nothing of it is known to be on disk until the store has answered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Final, NamedTuple
+
+from sidecar.events import Account, AccountKey, LedgerEvent, Refused, Trade
+from sidecar.ledger import Folded
+
+ROW_PAGE_WIDTH: Final = 10_000  # ledger_events, rejected_events: output_sequence // 10000 (schema.cql)
+PAYLOAD_KEPT_BYTES_MAX: Final = 4096
+
+# Columns of each table, in the order of the rows below (schema.cql). Stores build their statements from these.
+TRADE_COLUMNS: Final = (
+    "page", "trade_id", "stream", "output_sequence", "match_seq", "buy_order_id", "sell_order_id", "buyer_user_id",
+    "seller_user_id", "base_asset", "quote_asset", "price", "quantity", "quote_amount", "buyer_fee", "seller_fee",
+    "buyer_refund", "seller_refund", "buyer_quote_version", "buyer_base_version", "seller_base_version",
+    "seller_quote_version", "settled_at", "ts_us", "origin_sequence",
+)  # fmt: skip
+LEDGER_COLUMNS: Final = (
+    "stream", "page", "output_sequence", "event_type", "user_id", "asset_id", "amount", "related_id", "created_at",
+    "origin_sequence",
+)  # fmt: skip
+REJECTED_COLUMNS: Final = ("stream", "page", "output_sequence", "code", "reason", "payload")
+BALANCE_COLUMNS: Final = (
+    "user_id", "asset_id", "stream", "available", "version", "last_sequence", "updated_at",
+)  # fmt: skip
+
+# Bound value bytes of a row, without its texts and payload: 8 for a bigint, 4 for an int.
+_TRADE_BYTES: Final = 22 * 8 + 2 * 4
+_LEDGER_BYTES: Final = 7 * 8 + 4 + 10
+_REJECTED_BYTES: Final = 2 * 8
+_BALANCE_BYTES: Final = 5 * 8 + 4
+
+Row = tuple[Any, ...]
+
+
+class Batch(NamedTuple):
+    """What is written together: `stamp_us` is T(last_sequence), the write time of every row.
+
+    `trades` holds each symbol's rows; `last_trade_ids` the ids this batch moved on; `events` counts what it took.
+    `decisions_read` is the length of the decision log that its verdicts rest on.
+    """
+
+    stream: str
+    first_sequence: int
+    last_sequence: int
+    stamp_us: int
+    trades: dict[str, list[Row]]
+    ledger_events: list[Row]
+    rejected: list[Row]
+    balances: dict[AccountKey, Account]
+    last_trade_ids: dict[str, int]
+    events: int
+    decisions_read: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Say whether there is nothing to write: accepted gaps only."""
+        return not (self.trades or self.ledger_events or self.rejected or self.balances)
+
+    def balance_rows(self) -> list[Row]:
+        """Give the rows of `user_balances`, in the order of BALANCE_COLUMNS."""
+        stream = self.stream
+        return [(user, asset, stream, *account) for (user, asset), account in self.balances.items()]
+
+
+def take(
+    waiting: deque[Folded],
+    *,
+    stream: str,
+    first_sequence: int,
+    trades_max: int,
+    bytes_max: int,
+    decisions_read: int,
+) -> Batch:
+    """Close a batch from the head of `waiting`: as many events as the bounds allow, at least one.
+
+    `bytes_max` bounds the bound values' bytes; a TOO_LARGE event is alone in its batch.
+    """
+    trades: dict[str, list[Row]] = {}
+    ledger_events: list[Row] = []
+    rejected: list[Row] = []
+    balances: dict[AccountKey, Account] = {}
+    last_trade_ids: dict[str, int] = {}
+    stream_bytes = len(stream)
+    size_bytes = events = 0
+    stamp_us = last_sequence = 0
+    while waiting and events < trades_max:
+        folded = waiting[0]
+        event = folded.event
+        more = 0
+        if type(event) is Trade:
+            more = _TRADE_BYTES + stream_bytes
+        elif type(event) is LedgerEvent:
+            more = _LEDGER_BYTES + stream_bytes
+        elif type(event) is Refused:
+            more = _REJECTED_BYTES + stream_bytes + len(event.reason) + min(len(event.payload), PAYLOAD_KEPT_BYTES_MAX)
+        moved = folded.balances
+        if moved:
+            more += (_BALANCE_BYTES + stream_bytes) * len(moved.keys() - balances.keys())
+        alone = type(event) is Refused and event.code == "TOO_LARGE"
+        if events and (alone or size_bytes + more > bytes_max):
+            break
+        waiting.popleft()
+        size_bytes += more
+        events += 1
+        last_sequence, stamp_us = folded.last_sequence, folded.stamp_us
+        balances |= moved
+        if type(event) is Trade:
+            symbol = folded.symbol
+            assert symbol is not None
+            name = symbol.name
+            row = (
+                event[1] // symbol.page_width, event[1], stream, *event[0:1], *event[2:11], folded.quote_amount,
+                *event[12:22], None,
+            )  # fmt: skip
+            if name in trades:
+                trades[name].append(row)
+            else:
+                trades[name] = [row]
+            last_trade_ids[name] = event[1]
+        elif type(event) is LedgerEvent:
+            ledger_events.append((stream, last_sequence // ROW_PAGE_WIDTH, last_sequence, *event[1:7], None))
+        elif type(event) is Refused:
+            kept = event.payload[:PAYLOAD_KEPT_BYTES_MAX]
+            page = last_sequence // ROW_PAGE_WIDTH
+            rejected.append((stream, page, last_sequence, event.code, event.reason, kept))
+        if alone:
+            break
+    return Batch(
+        stream, first_sequence, last_sequence, stamp_us, trades, ledger_events, rejected, balances, last_trade_ids,
+        events, decisions_read,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""The verbs by which an operator decides: pause, resume, gap, reject. Each says what it did, or why it must not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import closing
+from typing import Any
+
+from sidecar import decisions
+from sidecar.cli.looking import _number, status_of, with_store
+from sidecar.cli.running import load
+from sidecar.cli.show import table
+from sidecar.config import Config
+from sidecar.decisions import DecisionRefusedError
+from sidecar.errors import TapeMissingError, UsageError
+from sidecar.events import Decision
+from sidecar.store.base import Store
+from sidecar.tape import TapeReader, paused_path, read_settled
+
+_NO_EVENT = ("GAP", "SESSION_CHANGED", "STORE_REFUSED", "DECISION_CONFLICT")  # halts that no single event is the cause of
+
+
+def add_verbs(verb: Any, group: Any) -> None:
+    """Add this room's verbs to the command line."""
+    added = verb("pause", pause, "pause settlement; recording goes on, restarts do not end it")
+    added.add_argument("--reason", required=True, metavar="TEXT")
+    verb("resume", resume, "go on settling after a pause")
+    added = verb("reject", reject, "reject the event at which settlement is halted, and go on", _REJECT)
+    added.add_argument("sequence", type=_number, metavar="SEQ")
+    added.add_argument("--reason", required=True, metavar="TEXT")
+    parts = group("gap", "sequences that never reached this host")
+    verb("list", gap_list, "list holes of the tape, and accepted gaps", parents=parts)
+    added = verb("accept", gap_accept, "decide that these sequences will never be posted on this stream", parents=parts)
+    added.add_argument("first", type=_number, metavar="FROM")
+    added.add_argument("last", type=_number, metavar="TO")
+    added.add_argument("--reason", required=True, metavar="TEXT")
+
+
+_REJECT = "the event is kept in rejected_events with its payload; decisions are never taken back"
+
+
+def pause(given: argparse.Namespace) -> int:
+    """Write the pause file."""
+    path = paused_path(load(given).tape.path)
+    said = {"reason": given.reason, "since_us": time.time_ns() // 1000, "by": decisions.decided_by()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(said))
+    print(json.dumps({"paused": True}) if given.json else f"settlement pauses ({path}); `sidecar resume` ends it")
+    return 0
+
+
+def resume(given: argparse.Namespace) -> int:
+    """Remove the pause file."""
+    path = paused_path(load(given).tape.path)
+    was = path.exists()
+    path.unlink(missing_ok=True)
+    print(json.dumps({"paused": False}) if given.json else ("settlement goes on" if was else "it was not paused"))
+    return 0
+
+
+def _decided(given: argparse.Namespace, made: Decision) -> int:
+    said = made._asdict() | {"body": json.loads(made.body)}
+    about = f"{made.first_sequence}" + (f" to {made.last_sequence}" if made.last_sequence != made.first_sequence else "")
+    print(json.dumps(said) if given.json else f"decision {made.number} of stream {made.stream}: {made.kind} {about}")
+    return 0
+
+
+def reject(given: argparse.Namespace) -> int:
+    """Reject the event at which settlement is halted."""
+    config = load(given)
+    halted = (read_settled(config.tape.path) or {}).get("halted")
+    if not halted or halted["sequence"] != given.sequence or halted["code"] in _NO_EVENT:
+        where = f"halted by {halted['code']} at {halted['sequence']}" if halted else "not halted"
+        raise DecisionRefusedError(
+            f"settlement is {where}; only an event at which it is halted can be rejected: see `sidecar status`"
+        )
+
+    async def ask(store: Store) -> Decision:
+        return await decisions.reject(
+            store, config.stream.name, given.sequence, reason=given.reason, now_us=time.time_ns() // 1000
+        )
+
+    return _decided(given, with_store(config, ask))
+
+
+def gap_accept(given: argparse.Namespace) -> int:
+    """Accept a gap."""
+    config = load(given)
+    if not 1 <= given.first <= given.last:
+        raise UsageError(f"FROM {given.first} TO {given.last}; 1 or more, and FROM at most TO, is allowed")
+
+    async def ask(store: Store) -> Decision:
+        agreed = await decisions.read_agreed(store, config.stream.name)
+        return await decisions.accept_gap(
+            store,
+            config.stream.name,
+            given.first,
+            given.last,
+            present=_present(config, agreed.session if agreed else 1, given.first, given.last),
+            reason=given.reason,
+            now_us=time.time_ns() // 1000,
+        )
+
+    return _decided(given, with_store(config, ask))
+
+
+def _present(config: Config, session: int, first: int, last: int) -> list[int]:
+    """Give one sequence of first..last that is on the tape, if any is; above what was ever heard of, nothing is a hole."""
+    try:
+        with closing(TapeReader(config.tape.path)) as reader:
+            runs = reader.runs(session)
+            holes = list(runs.holes(first, last))
+            known_to = max([runs.head, *(row.announced_to for row in reader.sessions() if row.session == session)])
+    except TapeMissingError:
+        return []
+    if last > known_to:
+        raise DecisionRefusedError(
+            f"sequence {last} is above {known_to}, the last one that this tape heard of; it may still come"
+        )
+    if holes == [(first, last)]:
+        return []
+    return [first if first in runs else holes[0][1] + 1]
+
+
+def gap_list(given: argparse.Namespace) -> int:
+    """List holes and accepted gaps."""
+    config = load(given)
+
+    async def ask(store: Store) -> list[Decision]:
+        return [entry for entry in await store.read_decisions(config.stream.name) if entry.kind == "gap"]
+
+    said = status_of(config)
+    gaps = with_store(config, ask)
+    out = {
+        "stream": config.stream.name,
+        "holes": said["holes"],
+        "accepted": [
+            {"first": gap.first_sequence, "last": gap.last_sequence, "reason": gap.reason, "decided_by": gap.decided_by}
+            for gap in gaps
+        ],
+    }
+    rows = [("hole", first, last, "") for first, last in said["holes"]]
+    rows += [("accepted", gap.first_sequence, gap.last_sequence, gap.reason) for gap in gaps]  # type: ignore[misc]
+    text = table(("what", "from", "to", "reason"), rows) if rows else "no holes, no gaps"
+    print(json.dumps(out) if given.json else text)
+    return 0

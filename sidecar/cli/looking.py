@@ -1,0 +1,377 @@
+"""The verbs that look: status, balance, trade, schema, rejected, gap list, tape. They change nothing of the stream."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from typing import Any, TypeVar
+
+from sidecar import decisions
+from sidecar.batch import REJECTED_COLUMNS
+from sidecar.cli.running import load
+from sidecar.cli.show import amount, moment, table
+from sidecar.config import Config
+from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, TapeMissingError, UsageError
+from sidecar.events import I63_MAX
+from sidecar.service import open_store
+from sidecar.store.base import Store
+from sidecar.tape import TapeReader, is_locked, paused_path, read_settled
+from sidecar.wire import decode
+
+T = TypeVar("T")
+STATUS_STORE_S = 5.0  # status answers without the store when that takes longer
+
+
+def add_verbs(verb: Any, group: Any) -> None:
+    """Add this room's verbs to the command line."""
+    verb("status", status, "say how it stands: state, positions, lag, holes, why halted and what to do", _STATUS)
+    added = verb("balance", balance, "look up a user's balances: the sum over streams; exit 1 when there is none")
+    added.add_argument("user", type=_number, metavar="USER", help="user id")
+    added.add_argument("asset", nargs="?", metavar="ASSET", help="an asset's name or id")
+    added = verb("trade", trade, "look up a trade's rows; exit 1 when there is none")
+    added.add_argument("symbol", metavar="SYMBOL", help="as configured: btc_usdt")
+    added.add_argument("trade_id", type=_number, metavar="TRADE_ID")
+
+    parts = group("schema", "the tables: create or show them")
+    verb("apply", schema_apply, "create missing tables, check existing ones", parents=parts)
+    verb("print", schema_print, "show the statements that create the tables", parents=parts)
+
+    parts = group("rejected", "events that were refused, kept with their payload")
+    added = verb("list", rejected_list, "list rejected events", parents=parts)
+    added.add_argument("--limit", type=_number, default=100, metavar="N", help="the newest N (default 100)")
+    added = verb("show", rejected_show, "show one rejected event and its payload; exit 1 when there is none", parents=parts)
+    added.add_argument("sequence", type=_number, metavar="SEQ")
+
+    parts = group("tape", "the recorded stream on this host's disk")
+    verb("info", tape_info, "sessions, positions, holes, sizes", parents=parts)
+    added = verb("dump", tape_dump, "show recorded frames, one JSON object a line", parents=parts)
+    added.add_argument("--session", type=_number, metavar="K", help="default: the stream's")
+    added.add_argument("--from", type=_number, default=0, dest="first", metavar="SEQ")
+    added.add_argument("--to", type=_number, default=I63_MAX, dest="last", metavar="SEQ")
+    added.add_argument("--limit", type=_number, default=1_000, metavar="N", help="frames (default 1000)")
+    added.add_argument("--malformed", action="store_true", help="the newest malformed frames instead")
+
+
+_STATUS = "works while nothing runs; exit 1 when halted"
+
+
+def _number(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= I63_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r}; an integer from 0 to {I63_MAX} is allowed")
+    return value
+
+
+def with_store(config: Config, ask: Callable[[Store], Awaitable[T]]) -> T:
+    """Open the store, ask it one thing, close it."""
+
+    async def asked() -> T:
+        async with open_store(config) as store:
+            return await ask(store)
+
+    return asyncio.run(asked())
+
+
+def _print(given: argparse.Namespace, said: Any, text: str) -> None:
+    print(json.dumps(said) if given.json else text)
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def status(given: argparse.Namespace) -> int:
+    """Put together what the settler, the tape and the store say."""
+    said = status_of(load(given))
+    _print(given, said, _status_text(said))
+    return 1 if said["state"] == "halted" else 0
+
+
+def status_of(config: Config) -> dict[str, Any]:
+    """Say how a sidecar stands, from its files and its store; works while nothing runs."""
+    path, stream = config.tape.path, config.stream.name
+    told = read_settled(path) or {}
+    if told.get("stream") != stream:
+        told = {}
+    settling = is_locked(path, "settler")
+    in_store, store_says = _from_store(config)
+    acked = max(told.get("acked", 0), in_store.get("acked", 0))
+    durable = max(told.get("durable", 0), in_store.get("durable", 0))
+    halted = told.get("halted")
+    state = told.get("state", "idle") if settling or halted else "idle"
+    if paused_path(path).exists() and not halted:
+        state = "paused"
+    session = told.get("session") or in_store.get("session") or 0
+    said: dict[str, Any] = {
+        "stream": stream,
+        "state": state,
+        "halted": halted,
+        "session": session,
+        "taped": 0,
+        "acked": acked,
+        "durable": durable,
+        "lag_events": 0,
+        "holes": [],
+        "rejected": in_store.get("rejected", 0),
+        "malformed": 0,
+        "settling": settling,
+        "recording": is_locked(path, "recorder"),
+        "sessions": 0,
+        "negative_balances": told.get("negative_balances", 0),
+        "store": store_says,
+    }
+    try:
+        with closing(TapeReader(path)) as reader:
+            sessions = reader.sessions()
+            session = session or (sessions[0].session if sessions else 0)
+            runs = reader.runs(session)
+            settled_to = max(acked, config.stream.first_sequence - 1)
+            gaps = in_store.get("gaps", ())
+            holes = [hole for hole in reader.holes(session, settled_to) if not _is_accepted(hole, gaps)]
+            said |= {
+                "session": session,
+                "taped": runs.head,
+                "lag_events": max(runs.head - settled_to, 0) - sum(last - first + 1 for first, last in holes if first <= runs.head),
+                "holes": [list(hole) for hole in holes],
+                "malformed": reader.malformed_total,
+                "sessions": len(sessions),
+            }
+    except TapeMissingError as missing:
+        said["tape"] = str(missing)
+        if state == "idle" and settling:
+            said["state"] = "waiting"
+    return said
+
+
+def _is_accepted(hole: tuple[int, int], gaps: tuple[tuple[int, int], ...]) -> bool:
+    return any(first <= hole[0] and hole[1] <= last for first, last in gaps)
+
+
+def _from_store(config: Config) -> tuple[dict[str, Any], str]:
+    stream = config.stream.name
+
+    async def ask(store: Store) -> dict[str, Any]:
+        state = await store.load_state(stream)
+        known: dict[str, Any] = {kind: position.sequence for kind, position in state.items()}
+        agreed = await decisions.read_agreed(store, stream)
+        if agreed is not None:
+            known |= {"session": agreed.session, "gaps": agreed.gaps}
+        first = agreed.first_sequence if agreed else config.stream.first_sequence
+        count = 0
+        async for rows in store.scan_rejected(stream, first, I63_MAX):
+            count += len(rows)
+        return known | {"rejected": count}
+
+    async def in_time(store: Store) -> dict[str, Any]:
+        async with asyncio.timeout(STATUS_STORE_S):
+            return await ask(store)
+
+    try:
+        return with_store(config, in_time), "reachable"
+    except (OutcomeUnknownError, StoreRefusedError, TimeoutError) as error:
+        return {}, f"not reachable: {error}"
+
+
+def _status_text(said: dict[str, Any]) -> str:
+    holes = said["holes"]
+    lines = [
+        f"stream {said['stream']}: {said['state']}",
+        f"  taped {said['taped']}, acked {said['acked']}, durable {said['durable']}; {said['lag_events']} events behind",
+        f"  recorder {'runs' if said['recording'] else 'does not run'}, settler"
+        f" {'runs' if said['settling'] else 'does not run'}, store {said['store']}",
+        f"  rejected {said['rejected']}, malformed {said['malformed']}, session {said['session']} of {said['sessions']}",
+    ]
+    if holes:
+        shown = ", ".join(f"{first}–{last}" if first != last else str(first) for first, last in holes[:10])
+        lines.append(f"  holes: {shown}{f' and {len(holes) - 10} more' if len(holes) > 10 else ''}")
+    if said["halted"]:
+        halted = said["halted"]
+        lines += [f"  HALTED: {halted['code']} at sequence {halted['sequence']}: {halted['reason']}"]
+        lines += [f"  next step: {halted['next_step']}"]
+    if "tape" in said:
+        lines.append(f"  {said['tape']}")
+    return "\n".join(lines)
+
+
+# --- look-ups ---------------------------------------------------------------------------------------------------------
+
+
+def _asset_id(config: Config, text: str) -> int:
+    if text in config.assets:
+        return config.assets[text].id
+    if text.isdigit():
+        return int(text)
+    raise UsageError(f"asset {text!r} is not configured; {', '.join(sorted(config.assets))}, or an id, are allowed")
+
+
+def balance(given: argparse.Namespace) -> int:
+    """Look up balances."""
+    config = load(given)
+    wanted = _asset_id(config, given.asset) if given.asset is not None else None
+    rows = with_store(config, lambda store: store.get_user_balances(given.user))
+    named = {asset.id: (name, asset.decimals) for name, asset in config.assets.items()}
+    balances: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if wanted is not None and row.asset_id != wanted:
+            continue
+        one = balances.setdefault(
+            row.asset_id,
+            {"asset": named.get(row.asset_id, (None, 0))[0], "asset_id": row.asset_id, "total": 0, "streams": {}},
+        )
+        one["total"] += row.available
+        one["streams"][row.stream] = {
+            "available": row.available,
+            "version": row.version,
+            "last_sequence": row.last_sequence,
+            "updated_at": row.updated_at,
+        }
+    said = {"user_id": given.user, "balances": list(balances.values())}
+    lines = [
+        (one["asset"] or one["asset_id"], amount(one["total"], named.get(one["asset_id"], ("", 0))[1]), stream,
+         row["version"], row["last_sequence"], moment(row["updated_at"]))
+        for one in balances.values()
+        for stream, row in one["streams"].items()
+    ]  # fmt: skip
+    text = table(("asset", "total", "stream", "version", "last_sequence", "updated_at"), lines)
+    if not balances:
+        asset = "" if given.asset is None else f" of {given.asset}"
+        text = f"user {given.user} has no balance{asset}"
+    _print(given, said, text)
+    return 0 if balances else 1
+
+
+def trade(given: argparse.Namespace) -> int:
+    """Look up a trade."""
+    config = load(given)
+    if given.symbol not in config.symbols:
+        allowed = ", ".join(sorted(config.symbols))
+        raise UsageError(f"symbol {given.symbol!r} is not configured; {allowed} are allowed")
+    rows = with_store(config, lambda store: store.get_trade(given.symbol, given.trade_id))
+    said = {"symbol": given.symbol, "trade_id": given.trade_id, "rows": rows}
+    text = "\n\n".join(table(("column", "value"), row.items()) for row in rows)
+    _print(given, said, text or f"{given.symbol} has no trade {given.trade_id}")
+    return 0 if rows else 1
+
+
+# --- schema -----------------------------------------------------------------------------------------------------------
+
+
+def schema_apply(given: argparse.Namespace) -> int:
+    """Create missing tables."""
+    config = load(given)
+    created = with_store(config, lambda store: store.apply_schema(config.symbols))
+    _print(given, {"created": created}, "\n".join(f"created {name}" for name in created) or "every table is there")
+    return 0
+
+
+def schema_print(given: argparse.Namespace) -> int:
+    """Show the statements."""
+    config = load(given)
+    sys.stdout.write(open_store(config).schema(config.symbols))
+    return 0
+
+
+# --- rejected ---------------------------------------------------------------------------------------------------------
+
+
+def rejected_list(given: argparse.Namespace) -> int:
+    """List the newest rejected events."""
+    config = load(given)
+
+    async def ask(store: Store) -> list[tuple[Any, ...]]:
+        newest: list[tuple[Any, ...]] = []
+        async for rows in store.scan_rejected(config.stream.name, 0, I63_MAX):
+            newest = [*newest, *rows][-given.limit :] if given.limit else []
+        return newest
+
+    rows = [dict(zip(REJECTED_COLUMNS, row, strict=True)) for row in with_store(config, ask)]
+    said = [{key: row[key] for key in ("output_sequence", "code", "reason")} for row in rows]
+    text = table(("sequence", "code", "reason"), [row.values() for row in said])  # type: ignore[misc]
+    _print(given, {"stream": config.stream.name, "rejected": said}, text if said else "nothing was rejected")
+    return 0
+
+
+def rejected_show(given: argparse.Namespace) -> int:
+    """Show one rejected event."""
+    config = load(given)
+    row = with_store(config, lambda store: store.get_rejected(config.stream.name, given.sequence))
+    if row is None:
+        _print(given, None, f"sequence {given.sequence} of stream {config.stream.name} was not rejected")
+        return 1
+    payload = bytes(row.pop("payload"))
+    said = row | {"payload_hex": payload.hex(), "decoded": _readable(payload)}
+    _print(given, said, table(("column", "value"), said.items()))
+    return 0
+
+
+def _readable(payload: bytes) -> Any:
+    """Give a payload's keys and values as far as JSON can say them."""
+    import msgpack
+
+    try:
+        return json.loads(json.dumps(msgpack.unpackb(payload, strict_map_key=False), default=repr))
+    except (ValueError, TypeError):
+        return None
+
+
+# --- tape -------------------------------------------------------------------------------------------------------------
+
+
+def tape_info(given: argparse.Namespace) -> int:
+    """Describe the tape."""
+    config = load(given)
+    with closing(TapeReader(config.tape.path)) as reader:
+        sessions = [
+            row._asdict()
+            | {
+                "head": (runs := reader.runs(row.session)).head,
+                "frames": sum(last - first + 1 for first, last in runs.list() if last > row.pruned_to),
+                "holes": [list(hole) for hole in reader.holes(row.session, runs.list()[0][0] if runs.list() else 0)],
+            }
+            for row in reader.sessions()
+        ]
+        said = {
+            "path": str(config.tape.path),
+            "size_bytes": config.tape.path.stat().st_size,
+            "recording": is_locked(config.tape.path, "recorder"),
+            "malformed": reader.malformed_total,
+            "sessions": sessions,
+        }
+    heads = ("session", "engine_session", "frames", "head", "pruned_to", "announced_to", "holes", "opened_at", "reason")
+    rows = [
+        [row[head] if head != "opened_at" else moment(row["opened_at_us"]) for head in heads[:6]]
+        + [len(row["holes"]), moment(row["opened_at_us"]), row["reason"]]
+        for row in sessions
+    ]
+    _print(given, said, f"{said['path']}: {said['size_bytes']} bytes, malformed {said['malformed']}\n{table(heads, rows)}")
+    return 0
+
+
+def tape_dump(given: argparse.Namespace) -> int:
+    """Show recorded frames as JSON lines."""
+    config = load(given)
+    with closing(TapeReader(config.tape.path)) as reader:
+        if given.malformed:
+            for number, at_us, reason, frames in reader.malformed(given.limit):
+                print(json.dumps({"number": number, "recorded_at_us": at_us, "reason": reason, "frames_hex": frames.hex()}))
+            return 0
+        told = read_settled(config.tape.path) or {}
+        session = given.session if given.session is not None else told.get("session") or 1
+        if session not in {row.session for row in reader.sessions()}:
+            raise SidecarError(f"{config.tape.path} has no session {session}; see `sidecar tape info`")
+        left, first = given.limit, given.first
+        while left > 0:
+            rows = reader.frames(session, first, given.last, min(left, 500))
+            for sequence, at_us, payload in rows:
+                kind = type(decode(payload)).__name__
+                print(json.dumps({"output_sequence": sequence, "recorded_at_us": at_us, "kind": kind, "event": _readable(payload)}))
+            if not rows:
+                break
+            left, first = left - len(rows), rows[-1][0] + 1
+    return 0

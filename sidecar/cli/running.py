@@ -1,0 +1,105 @@
+"""The verbs that run: run, record, settle, demo; and those about the configuration they run with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from typing import Any
+
+import uvloop
+
+from sidecar import config as configuration
+from sidecar.cli import logs
+from sidecar.config import Config
+
+log = logging.getLogger(__name__)
+
+
+def add_verbs(verb: Any) -> None:
+    """Add this room's verbs to the command line."""
+    verb("run", run, "record and settle in one process, until SIGTERM", _RUN)
+    verb("record", record, "only record: the socket to the tape", _RUN)
+    verb("settle", settle, "only settle: the tape to the store", _RUN)
+    verb("check-config", check_config, "say what is wrong with the configuration; exit 78 when something is")
+    added = verb("print-config", print_config, "show the configuration in force, without secrets")
+    added.add_argument("--sample", action="store_true", help="show a commented sample to begin with")
+    added = verb("demo", demo, "settle a real engine's recorded session in front of you, and judge the result", _DEMO)
+    added.add_argument("--trades", choices=("session", "binance"), default="session", help="what the engine publishes")
+    added.add_argument("--store", choices=("sqlite", "cassandra"), default="sqlite", help="where it is settled")
+    added.add_argument("--rate", type=float, default=3_000.0, metavar="R", help="events a second (0: flat out)")
+    added.add_argument("--keep", metavar="DIR", help="keep the demo's files in DIR, which must be empty or new")
+
+
+_RUN = """\
+recording never waits for the database, and goes on while settlement is halted: see `sidecar status`.
+SIGTERM: nothing more is taken, what is under way is finished under pipeline.shutdown_timeout_s, exit 0.
+"""
+_DEMO = """\
+an engine process publishes, `sidecar run` settles into a fresh store, and a judge that shares no code with sidecar
+compares every row and balance. exit 0 only when all agree.
+"""
+
+
+def load(given: argparse.Namespace) -> Config:
+    """Read the configuration that a verb was given."""
+    return configuration.load(given.config, given.set)
+
+
+def _serve(given: argparse.Namespace, **halves: bool) -> int:
+    from sidecar import service
+
+    config = load(given)
+    logs.to_stderr()
+    for warning in config.warnings:
+        log.warning("configuration", extra={"warning": warning})
+    uvloop.run(service.serve(config, **halves))
+    return 0
+
+
+def run(given: argparse.Namespace) -> int:
+    """Both halves."""
+    return _serve(given, record=True, settle=True)
+
+
+def record(given: argparse.Namespace) -> int:
+    """The recording half."""
+    return _serve(given, record=True, settle=False)
+
+
+def settle(given: argparse.Namespace) -> int:
+    """The settling half."""
+    return _serve(given, record=False, settle=True)
+
+
+def check_config(given: argparse.Namespace) -> int:
+    """Read the configuration; its mistakes are raised."""
+    config = load(given)
+    if given.json:
+        print(json.dumps({"ok": True, "warnings": list(config.warnings)}))
+        return 0
+    for warning in config.warnings:
+        print(f"warning: {warning}")
+    print(f"configuration is fine: stream {config.stream.name}, store {config.store.backend}")
+    return 0
+
+
+def print_config(given: argparse.Namespace) -> int:
+    """Show the configuration."""
+    if given.sample:
+        sys.stdout.write(configuration.example())
+        return 0
+    config = load(given)
+    if given.json:
+        print(json.dumps(configuration.as_dict(config)))
+    else:
+        sys.stdout.write(configuration.as_toml(config))
+    return 0
+
+
+def demo(given: argparse.Namespace) -> int:
+    """Play the demo."""
+    from sidecar.cli import demo as playing
+
+    return playing.play(trades=given.trades, store=given.store, rate=given.rate, keep=given.keep, as_json=given.json)

@@ -1,0 +1,183 @@
+"""What is not in the stream but changes its result: the append-only log that all settlers of a stream obey.
+
+Every entry takes the number after the last one that was read, by compare-and-set; whoever loses reads again and judges
+again. So there is one log, the same for every host, and a stream's rows are a function of its prefix and this log.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.errors import SidecarError
+from sidecar.events import Decision
+from sidecar.store.base import KEYSPACE_STREAM, Store
+from sidecar.symbols import Symbols, added_rules, merge_rules
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a log says, all together: what a life of the settle loop is bound by."""
+
+    symbols: Symbols
+    first_sequence: int
+    session: int
+    base_us: int
+    gaps: tuple[tuple[int, int], ...]
+    rejects: frozenset[int]
+    decisions_read: int
+    warnings: tuple[str, ...] = ()
+
+    def gap_at_or_after(self, sequence: int) -> tuple[int, int] | None:
+        """Give the accepted gap that `sequence` is in, or the next one after it."""
+        return next(((first, last) for first, last in self.gaps if last >= sequence), None)
+
+
+class DecisionRefusedError(SidecarError):
+    """A decision that may not be made as things stand; the message says why."""
+
+
+def decided_by() -> str:
+    """Name who decides, for the log: user, host and process."""
+    return f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}"
+
+
+async def decide(
+    store: Store,
+    stream: str,
+    judge: Callable[[list[Decision]], Decision | None],
+) -> list[Decision]:
+    """Append what `judge` makes of the log, until it is in or `judge` wants nothing; give the log as it then is.
+
+    `judge` sees the whole log each time and may raise; the number and stream of what it gives are set here.
+    """
+    while True:
+        log = await store.read_decisions(stream)
+        wanted = judge(log)
+        if wanted is None:
+            return log
+        numbered = wanted._replace(stream=stream, number=len(log) + 1, decided_by=decided_by())
+        if await store.append_decision(numbered):
+            return [*log, numbered]
+
+
+def decision(kind: str, now_us: int, *, reason: str, body: Any = None, about: tuple[int, int] | None = None) -> Decision:
+    """Make an entry that still lacks its number: `about` is the range of sequences, `body` is kept as JSON."""
+    first, last = about or (None, None)
+    text = json.dumps(body or {}, sort_keys=True)
+    return Decision("", 0, kind, first, last, text, reason, "", now_us // 1000)
+
+
+async def agree(
+    store: Store,
+    *,
+    stream: str,
+    first_sequence: int,
+    session: int,
+    engine_session: int | None,
+    rules: dict[str, Any],
+    now_us: int,
+) -> Agreed:
+    """Read the stream's log, writing its genesis or the configuration's additions first where they are missing.
+
+    Raises RulesChangedError when the configuration contradicts the log.
+    """
+    assets = {"assets": rules["assets"], "symbols": {}}
+
+    def judge_keyspace(log: list[Decision]) -> Decision | None:
+        added, _ = added_rules(_rules(log), assets)
+        if not added["assets"]:
+            return None
+        return decision("rules", now_us, reason="assets configured", body={"assets": added["assets"]})
+
+    def judge_stream(log: list[Decision]) -> Decision | None:
+        if not log:
+            body = {"session": session, "engine_session": engine_session, "base_us": now_us, "rules": rules}
+            about = (first_sequence, first_sequence)
+            return decision("genesis", now_us, reason="first settler", body=body, about=about)
+        added, lacking = added_rules(_rules(log), rules)
+        warnings.extend(line for line in lacking if line not in warnings)
+        if not (added["assets"] or added["symbols"]):
+            return None
+        return decision("rules", now_us, reason="configuration", body={"rules": added})
+
+    warnings: list[str] = []
+    await decide(store, KEYSPACE_STREAM, judge_keyspace)
+    log = await decide(store, stream, judge_stream)
+    genesis = json.loads(log[0].body)
+    if log[0].first_sequence != first_sequence:
+        warnings.append(f"stream.first_sequence = {first_sequence}, but the stream began at {log[0].first_sequence}")
+    return Agreed(warnings=tuple(warnings), **_said(log, genesis))
+
+
+async def read_agreed(store: Store, stream: str) -> Agreed | None:
+    """Read what a stream's log says, without writing to it; None when the stream has no genesis."""
+    log = await store.read_decisions(stream)
+    return Agreed(**_said(log, json.loads(log[0].body))) if log else None
+
+
+def _said(log: list[Decision], genesis: dict[str, Any]) -> dict[str, Any]:
+    assert log[0].kind == "genesis"
+    ranges = [(d.kind, d.first_sequence or 0, d.last_sequence or 0) for d in log if d.kind in ("gap", "reject")]
+    stamps = [json.loads(entry.body)["base_us"] for entry in log if entry.kind == "stamp"]
+    return {
+        "symbols": Symbols(_rules(log)),
+        "first_sequence": log[0].first_sequence,
+        "session": genesis["session"],
+        "base_us": max([genesis["base_us"], *stamps]),
+        "gaps": tuple(sorted((first, last) for kind, first, last in ranges if kind == "gap")),
+        "rejects": frozenset(
+            sequence for kind, first, last in ranges if kind == "reject" for sequence in range(first, last + 1)
+        ),
+        "decisions_read": len(log),
+    }
+
+
+def _rules(log: list[Decision]) -> dict[str, Any]:
+    entries = []
+    for entry in log:
+        if entry.kind in ("genesis", "rules"):
+            body = json.loads(entry.body)
+            entries.append(body.get("rules", body))
+    return merge_rules(entries)
+
+
+async def accept_gap(
+    store: Store, stream: str, first: int, last: int, *, present: list[int], reason: str, now_us: int
+) -> Decision:
+    """Decide that these sequences will never be posted on the stream, even if they turn up.
+
+    `present` are those of them that the tape holds. Raises DecisionRefusedError when they are not all holes, or settled.
+    """
+    if present:
+        raise DecisionRefusedError(f"sequence {present[0]} is on the tape; only holes can be accepted: see `gap list`")
+    return await _about_unsettled(store, stream, "gap", first, last, reason, now_us)
+
+
+async def reject(store: Store, stream: str, sequence: int, *, reason: str, now_us: int) -> Decision:
+    """Decide that one event, at which settlement is halted, is rejected (OPERATOR). Raises DecisionRefusedError."""
+    return await _about_unsettled(store, stream, "reject", sequence, sequence, reason, now_us)
+
+
+async def _about_unsettled(
+    store: Store, stream: str, kind: str, first: int, last: int, reason: str, now_us: int
+) -> Decision:
+    positions = await store.load_state(stream)
+    acked = max((state.sequence for state in positions.values()), default=0)
+    if first <= acked:
+        raise DecisionRefusedError(f"sequence {first} is settled already (acked is {acked}); nothing was decided")
+
+    def judge(log: list[Decision]) -> Decision | None:
+        if not log:
+            raise DecisionRefusedError(f"stream {stream} has no genesis yet; start `sidecar settle` once first")
+        if any(d.kind == kind and (d.first_sequence, d.last_sequence) == (first, last) for d in log):
+            return None
+        return decision(kind, now_us, reason=reason, about=(first, last))
+
+    log = await decide(store, stream, judge)
+    return next(d for d in reversed(log) if d.kind == kind and (d.first_sequence, d.last_sequence) == (first, last))

@@ -1,0 +1,244 @@
+"""The ledger: a pure, deterministic state machine that folds one event after the other into postings, balances and T.
+
+It owns the accounts in memory, the last trade id of each symbol, the position and its stamp; `fold` is the only way in.
+Everything it says is a function of the stream's prefix and its decisions, with one exception that protects it: balances
+come from the store, whose rows may be *ahead* of the position (a batch that landed before a crash). An account whose
+`last_sequence` is at or above the event's is skipped, so what was counted once is never counted again.
+
+A crash leaves nothing behind here: the next life starts at `durable` and folds the same events to the same values.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from sidecar.errors import Halt
+from sidecar.events import (
+    EMPTY_ACCOUNT,
+    I63_MAX,
+    Account,
+    AccountKey,
+    Event,
+    LedgerEvent,
+    Refused,
+    State,
+    Trade,
+)
+from sidecar.symbols import Symbol, Symbols
+
+DAY_US: Final = 86_400_000_000
+I64_MIN: Final = -(2**63)
+
+_ADD: Final = "add the asset or symbol to the configuration and restart; nothing is lost meanwhile"
+_REJECT: Final = "look at the event with `sidecar tape dump`; to go on without it: `sidecar reject SEQ --reason '…'`"
+
+
+class Folded(NamedTuple):
+    """What one event, or one range of accepted gaps, comes to: what a batch is made of.
+
+    `stamp_us` is T of its last sequence. `symbol` is None unless a trade was accepted, `quote_amount` is what was posted
+    for it. `balances` holds the new state of each account that the event moved (skipped ones are not in it).
+    """
+
+    last_sequence: int
+    stamp_us: int
+    event: Event | None
+    symbol: Symbol | None
+    quote_amount: int
+    balances: dict[AccountKey, Account]
+
+
+class Ledger:
+    """The state of one stream in one life of its settler."""
+
+    def __init__(
+        self,
+        *,
+        symbols: Symbols,
+        first_sequence: int,
+        base_us: int,
+        state: State,
+        rejects: frozenset[int] = frozenset(),
+        trade_ids_rise: bool = True,
+    ) -> None:
+        """Begin after `state`: `rejects` are the sequences an operator rejected; on a late stream ids need not rise."""
+        self.symbols = symbols
+        self.sequence = state.sequence
+        self.stamp_us = state.stamp_us
+        self.last_trade_ids = dict(state.last_trade_ids)
+        self.accounts: dict[AccountKey, Account] = {}
+        self.negative_total = 0
+        self.skipped_total = 0
+        self._offset_us = base_us - first_sequence
+        self._rejects = rejects
+        self._trade_ids_rise = trade_ids_rise
+
+    def accounts_of(self, event: Event) -> tuple[AccountKey, ...]:
+        """Name the accounts that folding `event` may touch; they must be in memory before it is folded."""
+        if type(event) is Trade:
+            buyer, seller, base, quote = event[5], event[6], event[7], event[8]
+            four = ((buyer, base), (buyer, quote), (seller, base), (seller, quote))
+            if event.buyer_fee or event.seller_fee:
+                revenue = self.symbols.revenue_user_id
+                return (*four, (revenue, base), (revenue, quote))
+            return four
+        if type(event) is LedgerEvent:
+            return ((event.user_id, event.asset),)
+        return ()
+
+    def fold(self, event: Event, now_us: int) -> Folded:
+        """Fold the next event; `now_us` is the wall clock, the bound for ENGINE_TIME_AHEAD.
+
+        Raises Halt, with nothing changed, when design.md says that settlement stops before this event.
+        """
+        sequence = event.output_sequence
+        assert sequence == self.sequence + 1, f"sequence {sequence} after {self.sequence}"
+        symbol, quote_amount = None, 0
+        judged: Event = event
+        if sequence in self._rejects and type(event) is not Refused:
+            judged = _refused(event, "OPERATOR", "rejected by an operator's decision")
+        elif type(event) is Trade:
+            judged, symbol, quote_amount = self._judge_trade(event)
+        elif type(event) is LedgerEvent and event.asset not in self.symbols.assets_by_id:
+            reason = f"asset={event.asset} is not configured; {sorted(self.symbols.assets_by_id)} are"
+            raise Halt("UNKNOWN_ASSET", sequence, reason, _ADD)
+
+        time_us = None
+        balances: dict[AccountKey, Account] = {}
+        if type(judged) is Trade:
+            assert symbol is not None
+            time_us = trade_time_us(judged, symbol)
+            postings = trade_postings(judged, quote_amount, self.symbols.revenue_user_id)
+            balances = self._post(sequence, time_us, postings)
+        elif type(judged) is LedgerEvent:
+            time_us = judged.ts_us if judged.ts_us is not None else judged.created_at * 1000 or None
+            amount = -judged.amount if judged.event_type == "WITHDRAWAL" else judged.amount
+            balances = self._post(sequence, time_us, {(judged.user_id, judged.asset): amount})
+        if time_us is not None and time_us > now_us + DAY_US:
+            reason = f"the event's time is {time_us} us, more than a day after this host's clock, {now_us} us"
+            raise Halt("ENGINE_TIME_AHEAD", sequence, reason, f"set the wrong clock right and restart; or {_REJECT}")
+
+        # Nothing below can fail: the event is taken.
+        for key, account in balances.items():
+            if account[0] < 0 <= self.accounts[key][0]:
+                self.negative_total += 1
+        self.accounts.update(balances)
+        if symbol is not None:
+            self.last_trade_ids[symbol.name] = judged[1]  # type: ignore[assignment]  # trade_id
+        self.sequence = sequence
+        stamp = self.stamp_us + 1
+        least = self._offset_us + sequence
+        stamp = least if least > stamp else stamp
+        self.stamp_us = stamp = time_us if time_us is not None and time_us > stamp else stamp
+        return Folded(sequence, stamp, judged, symbol, quote_amount, balances)
+
+    def pass_over(self, last_sequence: int) -> Folded:
+        """Step over an accepted gap up to `last_sequence`: T goes on through every sequence of it."""
+        assert last_sequence > self.sequence
+        self.stamp_us = max(self.stamp_us + last_sequence - self.sequence, self._offset_us + last_sequence)
+        self.sequence = last_sequence
+        return Folded(last_sequence, self.stamp_us, None, None, 0, {})
+
+    def evict(self, durable: int, accounts_max: int) -> None:
+        """Forget accounts beyond `accounts_max`, but none whose newest event is above `durable`.
+
+        Forgetting one that is merely acknowledged would read back what the database may yet lose (design.md, pipeline).
+        """
+        excess = len(self.accounts) - accounts_max
+        if excess <= 0:
+            return
+        old: list[AccountKey] = []
+        for key, account in self.accounts.items():
+            if account.last_sequence <= durable:
+                old.append(key)
+                if len(old) == excess:
+                    break
+        for key in old:
+            del self.accounts[key]
+
+    def _judge_trade(self, trade: Trade) -> tuple[Event, Symbol | None, int]:
+        """Give the verdict: the trade with its symbol and quote amount, or its refusal; in the order of design.md."""
+        if trade.price == 0:
+            return _refused(trade, "ZERO_PRICE", "price=0; at least 1 is allowed"), None, 0
+        if trade.quantity == 0:
+            return _refused(trade, "ZERO_QUANTITY", "quantity=0; at least 1 is allowed"), None, 0
+        symbol = self.symbols.by_pair.get((trade.base_asset, trade.quote_asset))
+        if symbol is None:
+            known = ", ".join(sorted(self.symbols.symbols)) or "none"
+            pair = f"base_asset={trade.base_asset}, quote_asset={trade.quote_asset}"
+            raise Halt("UNKNOWN_SYMBOL", trade.output_sequence, f"{pair} is no configured symbol; {known} are", _ADD)
+        quote_amount = trade.quote_amount
+        if quote_amount is None:
+            quote_amount = symbol.quote_amount(trade.price, trade.quantity)
+        if quote_amount > I63_MAX:
+            reason = f"quote amount {quote_amount} (price={trade.price}, quantity={trade.quantity}); at most {I63_MAX}"
+            return _refused(trade, "AMOUNT_OVERFLOW", reason), None, 0
+        if trade.buyer_fee is not None and trade.buyer_fee > trade.quantity:
+            reason = f"buyer_fee={trade.buyer_fee}; at most the quantity, {trade.quantity}"
+            return _refused(trade, "FEE_EXCEEDS_AMOUNT", reason), None, 0
+        if trade.seller_fee is not None and trade.seller_fee > quote_amount:
+            reason = f"seller_fee={trade.seller_fee}; at most the quote amount, {quote_amount}"
+            return _refused(trade, "FEE_EXCEEDS_AMOUNT", reason), None, 0
+        if self._trade_ids_rise and trade.trade_id <= (last := self.last_trade_ids.get(symbol.name, 0)):
+            reason = f"trade_id={trade.trade_id}; above {last}, the last one of {symbol.name}, is allowed"
+            return _refused(trade, "TRADE_ID_NOT_RISING", reason), None, 0
+        return trade, symbol, quote_amount
+
+    def _post(
+        self, sequence: int, time_us: int | None, postings: dict[AccountKey, int]
+    ) -> dict[AccountKey, Account]:
+        balances: dict[AccountKey, Account] = {}
+        for key, amount in postings.items():
+            available, version, last_sequence, _ = self.accounts[key]
+            if last_sequence >= sequence:
+                self.skipped_total += 1
+                continue
+            available += amount
+            if not I64_MIN <= available <= I63_MAX:
+                reason = f"user {key[0]}, asset {key[1]} would hold {available}; from {I64_MIN} to {I63_MAX} is allowed"
+                raise Halt("BALANCE_OVERFLOW", sequence, reason, _REJECT)
+            balances[key] = Account(available, version + 1, sequence, time_us or 0)
+        return balances
+
+
+def trade_postings(trade: Trade, quote_amount: int, revenue_user_id: int) -> dict[AccountKey, int]:
+    """Give the amount that a trade adds to each account, by design.md's table; they sum to zero in each asset."""
+    buyer, seller, base, quote, quantity = trade[5], trade[6], trade[7], trade[8], trade[10]
+    if buyer != seller and not trade[12] and not trade[13]:
+        return {
+            (buyer, base): quantity,
+            (buyer, quote): -quote_amount,
+            (seller, base): -quantity,
+            (seller, quote): quote_amount,
+        }
+    buyer_fee, seller_fee = trade.buyer_fee or 0, trade.seller_fee or 0
+    postings = {(buyer, base): quantity - buyer_fee, (buyer, quote): -quote_amount}
+    others = [((seller, base), -quantity), ((seller, quote), quote_amount - seller_fee)]
+    if buyer_fee > 0:
+        others.append(((revenue_user_id, base), buyer_fee))
+    if seller_fee > 0:
+        others.append(((revenue_user_id, quote), seller_fee))
+    for key, amount in others:
+        postings[key] = postings.get(key, 0) + amount
+    return postings
+
+
+def trade_time_us(trade: Trade, symbol: Symbol) -> int | None:
+    """Give a trade's own time in us since 1970: ts_us, else settled_at, else its id's, else None (design.md, T)."""
+    if trade.ts_us is not None:
+        return trade.ts_us
+    if trade.settled_at:
+        return trade.settled_at * 1000
+    return (trade.trade_id >> 16) * 1000 if symbol.trade_id_is_time else None
+
+
+def _refused(event: Trade | LedgerEvent, code: str, reason: str) -> Refused:
+    return Refused(event.output_sequence, code, reason, event.session, event.payload)
+
+
+def before(first_sequence: int, base_us: int) -> State:
+    """Give the state before a stream's first event: T(first) is then at least `base_us`."""
+    return State(first_sequence - 1, base_us - 1, {})
+
+
+__all__ = ["EMPTY_ACCOUNT", "Folded", "Ledger", "before", "trade_postings", "trade_time_us"]

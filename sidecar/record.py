@@ -1,0 +1,135 @@
+"""The recording half: feed → wire → tape. It never waits for the database.
+
+A turn's frames are decoded, given their place, and committed together; while one turn is being committed the next is
+collected. When the tape has no room the socket is left alone: frames wait in libzmq, then are dropped by the publisher,
+which shows as a hole. Nothing that was committed is ever harmed by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sidecar.errors import MalformedFrameError, TapeFullError
+from sidecar.events import Heartbeat
+from sidecar.feed import Feed
+from sidecar.tape import Tape, read_settled
+from sidecar.wire import decode
+
+log = logging.getLogger(__name__)
+
+PENDING_TURNS_MAX: Final = 4  # turns collected while one is being committed
+FULL_RETRY_S: Final = 1.0
+PRUNE_EVERY_S: Final = 5.0
+
+
+class Recorder:
+    """Records one engine's stream on one tape."""
+
+    def __init__(
+        self,
+        *,
+        tape: Tape,
+        endpoint: str,
+        topic: str,
+        turn_frames_max: int,
+        receive_hwm_frames: int,
+        receive_buffer_bytes: int,
+        frame_bytes_max: int,
+        retention_s: float,
+        now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+    ) -> None:
+        """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept."""
+        self.tape = tape
+        self.heard_at_us = 0
+        self._pending_max = turn_frames_max * PENDING_TURNS_MAX
+        self._retention_s = retention_s
+        self._now_us = now_us
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._feed = Feed(
+            endpoint=endpoint,
+            topic=topic,
+            turn_frames_max=turn_frames_max,
+            receive_hwm_frames=receive_hwm_frames,
+            receive_buffer_bytes=receive_buffer_bytes,
+            frame_bytes_max=frame_bytes_max,
+            on_turn=self._take_turn,
+            may_take=self._room,
+        )
+
+    def stop(self) -> None:
+        """Take nothing more from the socket; `run` returns when what was taken is on disk."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Record until `stop`. Raises TapeError when the disk can't be trusted: the process must end (design.md)."""
+        self._feed.start()
+        pruning = asyncio.create_task(self._prune())
+        try:
+            while not (self._stopping and not self.tape.has_pending):
+                if not self.tape.has_pending:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                await self._commit()
+                self._feed.resume()
+                if pruning.done():
+                    pruning.result()
+        finally:
+            pruning.cancel()
+            self._feed.close()
+
+    async def _commit(self) -> None:
+        turn = self.tape.take_turn()
+        while True:
+            try:
+                await self.tape.commit(turn)
+            except TapeFullError as full:
+                if self.tape.full is None:
+                    log.error("tape_full", extra={"reason": str(full)})  # noqa: TRY400 - the reason says it all
+                self.tape.full = str(full)
+                if self._stopping:
+                    raise
+                await asyncio.sleep(FULL_RETRY_S)
+                continue
+            if self.tape.full is not None:
+                log.warning("tape_has_room", extra={"path": str(self.tape.path)})
+                self.tape.full = None
+            return
+
+    def _room(self) -> int:
+        return 0 if self._stopping else max(self._pending_max - self.tape.pending_frames, 0)
+
+    def _take_turn(self, turn: list[list[bytes]]) -> None:
+        tape = self.tape
+        self.heard_at_us = self._now_us()
+        for frames in turn:
+            try:
+                if len(frames) != 2:  # noqa: PLR2004 - [topic, payload], wire.md
+                    raise MalformedFrameError(f"{len(frames)} frames; exactly two, topic and payload, are allowed")  # noqa: TRY301
+                event = decode(frames[1])
+            except MalformedFrameError as malformed:
+                tape.append_malformed(frames, str(malformed))
+                log.warning("frame_malformed", extra={"reason": str(malformed)})
+                continue
+            if type(event) is Heartbeat:
+                tape.announce(event)
+            else:
+                tape.append(event)  # type: ignore[arg-type]
+        self._wake.set()
+
+    async def _prune(self) -> None:
+        """Delete what is durable and older than `retention_s`, a bounded piece at a time."""
+        while True:
+            await asyncio.sleep(PRUNE_EVERY_S)
+            said = read_settled(self.tape.path)
+            if said is None:
+                continue
+            older_than_us = self._now_us() - int(self._retention_s * 1_000_000)
+            while await self.tape.prune(said["session"], said["deletable"], older_than_us):
+                await asyncio.sleep(0)

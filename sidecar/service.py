@@ -1,0 +1,208 @@
+"""From the configuration to running parts: the one place that knows which part gets which key.
+
+`serve` is a process's life: both halves, or one of them, under one task group, so that the death of any part ends the
+process (and systemd starts the next). SIGTERM and SIGINT stop the halves in the order of the data: nothing more is taken
+from the socket, what was taken is put on the tape, what is under way to the store is waited for under a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from sidecar import decisions, wire
+from sidecar.config import Config
+from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError
+from sidecar.events import Refused, Trade
+from sidecar.ledger import before
+from sidecar.record import Recorder
+from sidecar.settle import Bounds, Life, Settler, until_known
+from sidecar.store.base import Store
+from sidecar.store.sqlite import SQLiteStore
+from sidecar.tape import Tail, Tape, lock
+
+log = logging.getLogger(__name__)
+
+
+def open_store(config: Config) -> Store:
+    """Give the configured store, to be opened: `async with open_store(config) as store`, or `await open_store(config)`."""
+    page_widths = {name: symbol.page_width for name, symbol in config.symbols.items()}
+    if config.store.backend == "sqlite":
+        return SQLiteStore(config.store.sqlite.path, page_widths)
+    raise SidecarError(f"store.backend = {config.store.backend!r}; sqlite is allowed")
+
+
+def bounds_of(config: Config) -> Bounds:
+    """Give the bounds of the settling half."""
+    keys = Bounds.__dataclass_fields__
+    return Bounds(**{key: getattr(config.pipeline, key) for key in keys})
+
+
+def open_tape(config: Config) -> Tape:
+    """Open the recorder's side of the configured tape."""
+    return Tape(
+        config.tape.path,
+        size_bytes_max=config.tape.size_bytes_max,
+        malformed_kept_max=config.tape.malformed_kept_max,
+        tail_events_max=config.tape.memory_events_max,
+    )
+
+
+def make_recorder(config: Config, tape: Tape) -> Recorder:
+    """Make the recording half over an open tape."""
+    return Recorder(
+        tape=tape,
+        endpoint=config.engine.endpoint,
+        topic=config.engine.topic,
+        turn_frames_max=config.tape.turn_frames_max,
+        receive_hwm_frames=config.engine.receive_hwm_frames,
+        receive_buffer_bytes=config.engine.receive_buffer_bytes,
+        frame_bytes_max=config.engine.frame_bytes_max,
+        retention_s=config.tape.retention_s,
+    )
+
+
+def make_settler(config: Config, store: Store, tail: Tail | None) -> Settler:
+    """Make the settling half; `tail` joins it to a recorder in the same process."""
+    return Settler(
+        store=store,
+        tape_path=config.tape.path,
+        tail=tail,
+        stream=config.stream.name,
+        first_sequence=config.stream.first_sequence,
+        rules=config.rules(),
+        bounds=bounds_of(config),
+        on_gap=config.stream.on_gap,
+        gap_after_s=config.stream.gap_after_s,
+        replay_configured=config.replay is not None,
+        ack_log=config.pipeline.ack_log,
+    )
+
+
+async def serve(config: Config, *, record: bool, settle: bool) -> None:
+    """Run until SIGTERM or SIGINT. Raises what ended a half: the process must then end too."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    log.info("starting", extra={"record": record, "settle": settle, "stream": config.stream.name})
+    tape = open_tape(config) if record else None
+    held = None
+    try:
+        async with asyncio.TaskGroup() as parts:
+            halves: list[Recorder | Settler] = []
+            if tape is not None:
+                recorder = make_recorder(config, tape)
+                parts.create_task(recorder.run())
+                halves.append(recorder)
+            if settle:
+                held = lock(config.tape.path, "settler")
+                settler = make_settler(config, open_store(config), tape.tail if tape is not None else None)
+                parts.create_task(_settle(settler))
+                halves.append(settler)
+            await stopping.wait()
+            log.info("stopping", extra={"stream": config.stream.name})
+            for half in halves:
+                half.stop()
+    finally:
+        if tape is not None:
+            tape.close()
+        if held is not None:
+            held.close()
+    log.info("stopped", extra={"stream": config.stream.name})
+
+
+async def _settle(settler: Settler) -> None:
+    try:
+        await settler.run()
+    finally:
+        await settler.store.close()
+
+
+class Settlement:
+    """Ledger, pipeline and store without sockets and tape: for programs that hold the stream's events themselves.
+
+    `async with Settlement(config) as settlement: await settlement.settle_trade_atomically(trade)`. It begins after the
+    last acknowledged event; whoever needs to replay what a database lost with the power runs a sidecar, which has a tape.
+    """
+
+    def __init__(self, config: Config, store: Store | None = None) -> None:
+        """Take the configuration, and a store when it is not to be opened from it."""
+        self.store = store or open_store(config)
+        self._config = config
+        self._life: Life | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open the store, agree with the stream's decisions, begin after its last acknowledged event."""
+        config, bounds = self._config, bounds_of(self._config)
+        await self.store.open()
+        stream = config.stream.name
+        agreed = await decisions.agree(
+            self.store,
+            stream=stream,
+            first_sequence=config.stream.first_sequence,
+            session=1,
+            engine_session=None,
+            rules=config.rules(),
+            now_us=_now_us(),
+        )
+        await self.store.ready_for(agreed.symbols.symbols)
+        state = await until_known(lambda: self.store.load_state(stream), bounds)
+        start = state.get("acked") or state.get("durable") or before(agreed.first_sequence, agreed.base_us)
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        self._life = Life(
+            store=self.store,
+            stream=stream,
+            agreed=agreed,
+            start=start,
+            bounds=bounds,
+            batch_trades_max=bounds.batch_trades_max,
+            spawn=self._tasks.create_task,  # type: ignore[arg-type]
+            on_ack=lambda _: None,
+            now_us=_now_us,
+        )
+        return self
+
+    async def __aexit__(self, *raised: Any) -> None:
+        """Save the position and close the store."""
+        assert self._life is not None
+        assert self._tasks is not None
+        try:
+            await self._tasks.__aexit__(*raised)
+            await self._life.save_acked()
+        finally:
+            await self.store.close()
+
+    async def settle_trade_atomically(self, trade: Trade | Mapping[str, Any] | bytes) -> bool:
+        """Settle the stream's next trade and wait for its acknowledgement; False when it was settled before.
+
+        `trade` is a Trade, a frame's payload, or the same as a mapping of wire.md's keys. Raises SequenceGapError when
+        it isn't the next event, Halt when settlement would stop before it, MalformedFrameError for unusable bytes.
+        """
+        event = trade if isinstance(trade, Trade | Refused) else wire.decode(_payload(trade))
+        assert self._life is not None, "use `async with Settlement(config)`"
+        life, sequence = self._life, event[0]
+        if sequence <= life.ledger.sequence:
+            return False
+        if sequence != life.ledger.sequence + 1:
+            raise SequenceGapError(self._config.stream.name, life.ledger.sequence + 1, sequence)
+        await life.settle([event])  # type: ignore[list-item]
+        await life.pipeline.drained()
+        try:
+            await life.save_acked()
+        except OutcomeUnknownError as unknown:
+            log.warning("acked_not_saved", extra={"error": str(unknown)})
+        return True
+
+
+def _payload(trade: Mapping[str, Any] | bytes) -> bytes:
+    return trade if isinstance(trade, bytes) else wire.encode(trade)
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,556 @@
+"""The settling half: tape → ledger → pipeline → store → acked → durable, in lives.
+
+A life begins at `durable` with empty memory and ends when memory might no longer agree with the store: a new decision, a
+database node that was away, a batch the server finds too large. The next life begins at `durable` again; replaying is
+harmless (ledger.py, batch.py). A halt ends no life: what stands before it is settled, positions move on, decisions are
+read, and recording never hears of it.
+
+After a crash the store holds some of the batches in flight, whole, in any combination; the next start folds from
+`durable` and skips, account by account, what they have counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+from sidecar import decisions as decision_log
+from sidecar.batch import Batch
+from sidecar.decisions import Agreed
+from sidecar.errors import (
+    BatchTooLargeError,
+    Halt,
+    OutcomeUnknownError,
+    StartOver,
+    StoreRefusedError,
+    TapeDamagedError,
+    TapeMissingError,
+)
+from sidecar.events import EMPTY_ACCOUNT, AccountKey, Event, State
+from sidecar.ledger import Ledger, before
+from sidecar.pipeline import Pipeline
+from sidecar.store.base import Store
+from sidecar.tape import Tail, TapeReader, paused_path, read_settled, write_settled
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BURST_EVENTS_MAX: Final = 512  # read from the tape, and folded, without giving the loop away
+TICK_S: Final = 1.0  # decisions are read, positions are saved
+WAIT_S: Final = 0.1  # for the tape to move, before signals and the pause file are looked at again
+ACCOUNTS_READ_MAX: Final = 2_000  # in one question to the store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The bounds of the settling half, named as in the configuration (design.md)."""
+
+    batch_trades_max: int = 16
+    batch_bytes_max: int = 12_288
+    inflight_batches_max: int = 16
+    durable_after_s: float = 20.0
+    accounts_max: int = 2_000_000
+    shutdown_timeout_s: float = 20.0
+    retry_backoff_max_s: float = 2.0
+
+
+class Life:
+    """One life: a ledger and a pipeline that agree with what the store and its decisions said at its start."""
+
+    def __init__(  # noqa: D107 - made by `begin`
+        self,
+        *,
+        store: Store,
+        stream: str,
+        agreed: Agreed,
+        start: State,
+        bounds: Bounds,
+        batch_trades_max: int,
+        spawn: Callable[[Awaitable[None]], object],
+        on_ack: Callable[[Batch], None],
+        now_us: Callable[[], int],
+    ) -> None:
+        self.agreed = agreed
+        self.durable = start
+        self.deletable = start.sequence
+        self.ledger = Ledger(
+            symbols=agreed.symbols,
+            first_sequence=agreed.first_sequence,
+            base_us=agreed.base_us,
+            state=start,
+            rejects=agreed.rejects,
+        )
+        self.pipeline = Pipeline(
+            stream=stream,
+            state=start,
+            decisions_read=agreed.decisions_read,
+            settle_batch=store.settle_batch_atomically,
+            spawn=spawn,
+            batch_trades_max=batch_trades_max,
+            batch_bytes_max=bounds.batch_bytes_max,
+            inflight_batches_max=bounds.inflight_batches_max,
+            retry_backoff_max_s=bounds.retry_backoff_max_s,
+            on_ack=on_ack,
+        )
+        self._store = store
+        self._stream = stream
+        self._bounds = bounds
+        self._now_us = now_us
+        self._outages = store.outages
+        self._saved_acked = start.sequence
+        self._checkpoints: deque[tuple[float, State]] = deque()
+        self._durables: deque[tuple[float, int]] = deque()
+
+    async def settle(self, events: list[Event]) -> None:
+        """Settle the stream's next events: all reads first, then fold without giving the loop away, then back-pressure.
+
+        Raises Halt at an event that can't be settled; those before it are on their way.
+        """
+        ledger, pipeline, now_us = self.ledger, self.pipeline, self._now_us()
+        await self._load_missing(events)
+        try:
+            for event in events:
+                pipeline.add(ledger.fold(event, now_us))
+        finally:
+            await pipeline.room()
+
+    async def pass_over(self, last_sequence: int) -> None:
+        """Step over an accepted gap."""
+        self.pipeline.add(self.ledger.pass_over(last_sequence))
+        await self.pipeline.room()
+
+    async def _load_missing(self, events: list[Event]) -> None:
+        accounts, accounts_of = self.ledger.accounts, self.ledger.accounts_of
+        missing = {key: None for event in events for key in accounts_of(event) if key not in accounts}
+        if not missing:
+            return
+        await self._make_room(len(missing), missing)
+        keys = list(missing)
+        for at in range(0, len(keys), ACCOUNTS_READ_MAX):
+            some = keys[at : at + ACCOUNTS_READ_MAX]
+            found = await until_known(lambda some=some: self._store.load_accounts(self._stream, some), self._bounds)  # type: ignore[misc]
+            accounts.update({key: found.get(key, EMPTY_ACCOUNT) for key in some})
+
+    async def _make_room(self, wanted: int, missing: dict[AccountKey, None]) -> None:
+        """Evict what is durable; while nothing is, settlement waits for `durable` to move."""
+        ledger, accounts_max = self.ledger, self._bounds.accounts_max
+        while len(ledger.accounts) + wanted > accounts_max:
+            ledger.evict(self.durable.sequence, max(accounts_max - wanted - accounts_max // 20, 0))
+            if len(ledger.accounts) + wanted > accounts_max and ledger.accounts:
+                await self.pipeline.drained()
+                await asyncio.sleep(WAIT_S)
+            else:
+                break
+
+    async def tick(self) -> None:
+        """Read the decisions, save the positions, move `durable`. Raises StartOver or Halt; skipped while unreachable."""
+        now = asyncio.get_running_loop().time()
+        acked = self.pipeline.acked
+        try:
+            known = await self._store.read_decisions(self._stream)
+            self._obey(known)
+            self._checkpoints.append((now, acked))
+            durable = self._steadily_acked(now)
+            if acked.sequence > self._saved_acked:
+                await self._store.save_state(self._stream, "acked", acked)
+                self._saved_acked = acked.sequence
+            if durable is not None and durable.sequence > self.durable.sequence:
+                await self._store.save_state(self._stream, "durable", durable)
+                self.durable = durable
+                self._durables.append((now, durable.sequence))
+            while self._durables and self._durables[0][0] <= now - self._bounds.durable_after_s:
+                self.deletable = self._durables.popleft()[1]
+        except OutcomeUnknownError as unknown:
+            log.warning("store_unreachable", extra={"error": str(unknown)})
+
+    async def save_acked(self) -> None:
+        """Save the `acked` position, at the end of a life."""
+        if self.pipeline.acked.sequence > self._saved_acked:
+            await self._store.save_state(self._stream, "acked", self.pipeline.acked)
+            self._saved_acked = self.pipeline.acked.sequence
+
+    def _obey(self, known: list[Any]) -> None:
+        if self._store.outages != self._outages:
+            raise StartOver("a database node was away and is back")
+        fresh = known[self.agreed.decisions_read :]
+        for entry in fresh:
+            if entry.kind in ("gap", "reject") and entry.first_sequence <= self.pipeline.submitted:
+                reason = (
+                    f"decision {entry.number} ({entry.kind} {entry.first_sequence}…{entry.last_sequence}) names what was"
+                    f" already submitted, up to {self.pipeline.submitted}"
+                )
+                step = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
+                raise Halt("DECISION_CONFLICT", entry.first_sequence, reason, step)
+        if fresh:
+            raise StartOver(f"{len(fresh)} new decision(s): {', '.join(entry.kind for entry in fresh)}")
+
+    def _steadily_acked(self, now: float) -> State | None:
+        """Give the newest position acknowledged at least `durable_after_s` ago, if all nodes stood since then."""
+        since = self._store.steady_since
+        settled_by = now - self._bounds.durable_after_s
+        if since is None or since > settled_by:
+            return None
+        durable = None
+        while self._checkpoints and self._checkpoints[0][0] <= settled_by:
+            durable = self._checkpoints.popleft()[1]
+        return durable
+
+
+class Settler:
+    """The settle loop of one stream over one tape: lives, one after the other, until it is told to stop."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        tape_path: Path,
+        tail: Tail | None,
+        stream: str,
+        first_sequence: int,
+        rules: dict[str, Any],
+        bounds: Bounds,
+        on_gap: str = "halt",
+        gap_after_s: float = 5.0,
+        replay_configured: bool = False,
+        ack_log: Path | None = None,
+        now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+    ) -> None:
+        """Take the store, the tape's path (and its tail when the recorder is in this process), the stream and its rules."""
+        self.store = store
+        self.state = "waiting"
+        self.halted: Halt | None = None
+        self.life: Life | None = None
+        self.lives = 0
+        self._tape_path = tape_path
+        self._tail = tail
+        self._stream = stream
+        self._first_sequence = first_sequence
+        self._rules = rules
+        self._bounds = bounds
+        self._batch_trades_max = bounds.batch_trades_max
+        self._on_gap = on_gap
+        self._gap_after_s = gap_after_s
+        self._replay_configured = replay_configured
+        self._now_us = now_us
+        self._stopping = asyncio.Event()
+        self._hole_since: tuple[int, float] | None = None
+        self._session = 0
+        self._ack_log: IO[str] | None = None
+        self._ack_log_path = ack_log
+        self._tick_s = min(TICK_S, bounds.durable_after_s / 2)
+
+    def stop(self) -> None:
+        """Take nothing more; `run` returns when what is under way is acknowledged, or `shutdown_timeout_s` is over."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
+        if self._ack_log_path is not None:
+            self._ack_log = self._ack_log_path.open("a", buffering=1 << 16)
+        self._say()
+        try:
+            await self._open_store()
+            while not self._stopping.is_set():
+                self.lives += 1
+                halted: Halt | None = None
+                try:
+                    await self._live()
+                except* StartOver as over:
+                    log.info("start_over", extra={"life": self.lives, "reason": _first(over)})
+                except* BatchTooLargeError as too_large:
+                    self._batch_trades_max = max(self._batch_trades_max // 2, 1)
+                    log.warning(
+                        "start_over",
+                        extra={"life": self.lives, "reason": _first(too_large), "batch_trades_max": self._batch_trades_max},
+                    )
+                except* StoreRefusedError as refused:
+                    step = "make the database accept it (schema, rights), then restart the sidecar"
+                    halted = Halt("STORE_REFUSED", self._next_sequence(), _first(refused), step)
+                except* Halt as halt:
+                    halted = _innermost(halt)
+                except* OutcomeUnknownError as unknown:
+                    self._stand("waiting")
+                    log.warning("store_unreachable", extra={"error": _first(unknown)})
+                    await self._stopped_within(self._tick_s)
+                if halted is not None:
+                    await self._stay_halted(halted)
+        finally:
+            self._say()
+            if self._ack_log is not None:
+                self._ack_log.close()
+
+    def _next_sequence(self) -> int:
+        return self.life.pipeline.acked.sequence + 1 if self.life else self._first_sequence
+
+    async def _live(self) -> None:
+        """Live one life: agree, begin at `durable`, settle what the tape holds and goes on to hold."""
+        reader = await self._tape()
+        if reader is None:
+            return
+        try:
+            agreed = await self._agree(reader)
+            if agreed is None:
+                return
+            await self.store.ready_for(agreed.symbols.symbols)
+            state = (await self.store.load_state(self._stream)).get("durable")
+            start = state or before(agreed.first_sequence, agreed.base_us)
+            async with asyncio.TaskGroup() as tasks:
+                self.life = life = Life(
+                    store=self.store,
+                    stream=self._stream,
+                    agreed=agreed,
+                    start=start,
+                    bounds=self._bounds,
+                    batch_trades_max=self._batch_trades_max,
+                    spawn=lambda work: tasks.create_task(work),  # type: ignore[arg-type]
+                    on_ack=self._note_ack,
+                    now_us=self._now_us,
+                )
+                log.info("life_begins", extra={"life": self.lives, "durable": start.sequence, "stream": self._stream})
+                self._stand("running")
+                ticking = tasks.create_task(self._tick(life))
+                try:
+                    await self._settle(life, reader)
+                except Halt as halt:
+                    self._halt(halt)
+                    await self._stopping.wait()  # a new decision ends this life: see Life.tick
+                await self._finish(life)
+                ticking.cancel()
+                if life.pipeline.unacked_batches:
+                    raise StartOver("stopped with batches under way")  # ends them with the life
+        finally:
+            reader.close()
+
+    async def _settle(self, life: Life, reader: TapeReader) -> None:
+        async for burst in self._bursts(life, reader):
+            await life.settle(burst)
+
+    async def _bursts(self, life: Life, reader: TapeReader) -> AsyncIterator[list[Event]]:
+        """Give the contiguous run of the stream's session, burst by burst; stand before holes and borders."""
+        agreed, position, stood_at = life.agreed, life.ledger.sequence, -1
+        while not self._stopping.is_set():
+            if paused_path(self._tape_path).exists():
+                self._stand("paused")
+                await self._stopped_within(WAIT_S)
+                continue
+            gap = agreed.gap_at_or_after(position + 1)
+            if gap is not None and gap[0] <= position + 1:
+                await life.pass_over(gap[1])
+                position = gap[1]
+                continue
+            events_max = min(BURST_EVENTS_MAX, gap[0] - position - 1) if gap else BURST_EVENTS_MAX
+            try:
+                burst = reader.read(agreed.session, position, events_max)
+            except TapeDamagedError as damaged:
+                step = "restore the tape from a copy or another host, or accept the sequence as a gap"
+                raise Halt("TAPE_DAMAGED", damaged.sequence, str(damaged), step) from damaged
+            if burst:
+                self._stand("running")
+                yield burst
+                position = burst[-1].output_sequence
+                await asyncio.sleep(0)  # a long backlog must not keep the recorder from its socket
+                continue
+            if stood_at == position:
+                await self._stand_before(life, reader, position)
+            stood_at = position
+            await reader.moved(WAIT_S)
+
+    async def _stand_before(self, life: Life, reader: TapeReader, position: int) -> None:
+        """Nothing contiguous is left: say what stands in the way, and do what the configuration says about a hole."""
+        look = reader.look(life.agreed.session, position)
+        now = asyncio.get_running_loop().time()
+        if look.hole is not None:
+            first, last = look.hole
+            if self._hole_since is None or self._hole_since[0] != first:
+                self._hole_since = (first, now)
+            stood_s = now - self._hole_since[1]
+            if self._on_gap == "record" and stood_s >= self._gap_after_s and not self._replay_configured:
+                await self._record_gap(first, last)
+            elif self._on_gap == "halt" and (stood_s >= self._gap_after_s or not self._replay_configured):
+                step = f"find the frames (an archive, another host's tape), or accept: `sidecar gap accept {first} {last} --reason '…'`"
+                self._halt(Halt("GAP", first, f"sequences {first} to {last} never reached this tape", step))
+        elif look.newer_session is not None:
+            reason = f"the engine began anew or contradicted itself: the tape goes on in session {look.newer_session}"
+            step = "look with `sidecar tape info`; if the engine really began anew, go on with `sidecar stream next NAME`"
+            self._halt(Halt("SESSION_CHANGED", position + 1, reason, step))
+        else:
+            self._hole_since = None
+            self._stand("running")
+
+    async def _record_gap(self, first: int, last: int) -> None:
+        reason = f"on_gap = record: stood for {self._gap_after_s} s, nobody serves the past"
+        await decision_log.accept_gap(
+            self.store, self._stream, first, last, present=[], reason=reason, now_us=self._now_us()
+        )
+        log.error("gap_recorded", extra={"first": first, "last": last})
+        raise StartOver(f"gap {first}…{last} recorded")
+
+    async def _tick(self, life: Life) -> None:
+        while True:
+            await asyncio.sleep(self._tick_s)
+            await life.tick()
+            self._say()
+
+    async def _finish(self, life: Life) -> None:
+        try:
+            async with asyncio.timeout(self._bounds.shutdown_timeout_s):
+                await life.pipeline.drained()
+        except TimeoutError:
+            log.warning("shutdown_timeout", extra={"unacked_batches": life.pipeline.unacked_batches})
+        try:
+            async with asyncio.timeout(2.0):
+                await life.save_acked()
+        except (OutcomeUnknownError, TimeoutError) as error:
+            log.warning("acked_not_saved", extra={"error": str(error)})
+
+    # --- beginnings ---
+
+    async def _open_store(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await self.store.open()
+            except OutcomeUnknownError as unknown:
+                self._stand("waiting")
+                log.warning("store_unreachable", extra={"error": str(unknown)})
+                await self._stopped_within(self._bounds.retry_backoff_max_s)
+            else:
+                return
+
+    async def _tape(self) -> TapeReader | None:
+        while not self._stopping.is_set():
+            try:
+                return TapeReader(self._tape_path, self._tail)
+            except TapeMissingError:
+                self._stand("waiting")
+                await self._stopped_within(WAIT_S)
+        return None
+
+    async def _agree(self, reader: TapeReader) -> Agreed | None:
+        """Agree with the stream's log; before its genesis there must be a session on the tape to name in it."""
+        known = await decision_log.read_agreed(self.store, self._stream)
+        session = engine_session = None
+        while known is None and not self._stopping.is_set():
+            if (first := self._unclaimed_session(reader)) is not None:
+                session, engine_session = first
+                break
+            self._stand("waiting")
+            await reader.moved(WAIT_S)
+        if known is None and session is None:
+            return None
+        agreed = await decision_log.agree(
+            self.store,
+            stream=self._stream,
+            first_sequence=self._first_sequence,
+            session=session or 0,
+            engine_session=engine_session,
+            rules=self._rules,
+            now_us=self._now_us(),
+        )
+        self._session = agreed.session
+        for warning in agreed.warnings:
+            log.warning("configuration_differs", extra={"warning": warning})
+        return agreed
+
+    def _unclaimed_session(self, reader: TapeReader) -> tuple[int, int | None] | None:
+        """Give the oldest session of the tape that no earlier stream has settled from it."""
+        said = read_settled(self._tape_path) or {}
+        claimed = said.get("session", 0) if said.get("stream") != self._stream else 0
+        return next(((row.session, row.engine_session) for row in reader.sessions() if row.session > claimed), None)
+
+    # --- how it stands: told to the recorder and to `status` ---
+
+    def _stand(self, state: str) -> None:
+        if state != "halted" and self.halted is not None:
+            log.info("halt_ends", extra={"code": self.halted.code, "sequence": self.halted.sequence})
+            self.halted = None
+        if state != self.state:
+            self.state = state
+            self._say()
+
+    def _halt(self, halt: Halt) -> None:
+        if self.halted is None or (self.halted.code, self.halted.sequence) != (halt.code, halt.sequence):
+            log.error(
+                "halted",
+                extra={"code": halt.code, "sequence": halt.sequence, "reason": halt.reason, "next_step": halt.next_step},
+            )
+            self.halted, self.state = halt, "halted"
+            self._say()
+
+    async def _stay_halted(self, halt: Halt) -> None:
+        """Stay, between two lives, until there is a new decision or the process is stopped."""
+        self._halt(halt)
+        read = self.life.agreed.decisions_read if self.life else 0
+        while not await self._stopped_within(self._tick_s):
+            try:
+                known = await self.store.read_decisions(self._stream)
+                if len(known) > read and halt.code != "DECISION_CONFLICT":
+                    return
+            except (OutcomeUnknownError, StoreRefusedError) as error:
+                log.warning("store_unreachable", extra={"error": str(error)})
+            self._say()
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _note_ack(self, batch: Batch) -> None:
+        if self._ack_log is not None:
+            self._ack_log.write(f"{batch.first_sequence} {batch.last_sequence} {self._now_us()}\n")
+
+    def said(self) -> dict[str, Any]:
+        """Tell how settlement stands: what `<tape>.settled` holds."""
+        halt, life = self.halted, self.life
+        return {
+            "stream": self._stream,
+            "session": self._session,
+            "state": self.state,
+            "halted": halt
+            and {"code": halt.code, "sequence": halt.sequence, "reason": halt.reason, "next_step": halt.next_step},
+            "acked": life.pipeline.acked.sequence if life else 0,
+            "durable": life.durable.sequence if life else 0,
+            "deletable": life.deletable if life else 0,
+            "life": self.lives,
+            "unacked_batches": life.pipeline.unacked_batches if life else 0,
+            "negative_balances": life.ledger.negative_total if life else 0,
+            "pid": os.getpid(),
+            "said_at_us": self._now_us(),
+        }
+
+    def _say(self) -> None:
+        write_settled(self._tape_path, self.said())
+        if self._ack_log is not None:
+            self._ack_log.flush()
+
+
+async def until_known(ask: Callable[[], Awaitable[T]], bounds: Bounds) -> T:
+    """Ask the store until it answers; any unknown outcome is asked again with backoff."""
+    backoff_s = 0.05
+    while True:
+        try:
+            return await ask()
+        except OutcomeUnknownError as unknown:
+            log.warning("store_unreachable", extra={"error": str(unknown)})
+        await asyncio.sleep(backoff_s)
+        backoff_s = min(backoff_s * 2, bounds.retry_backoff_max_s)
+
+
+def _innermost(group: BaseExceptionGroup[Any]) -> Any:
+    error: Any = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _first(group: BaseExceptionGroup[Any]) -> str:
+    return str(_innermost(group))

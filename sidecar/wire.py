@@ -1,0 +1,201 @@
+"""Bytes to events, by wire.md: one frame's payload in, one typed and validated value out.
+
+Three outcomes, never a fourth: an event (or heartbeat), a `Refused` event that keeps its place in the sequence, or
+`MalformedFrameError` when there is no place to give it. Which of them, depends on the bytes alone, so every host and
+every replay judges alike. The common case (all fields right) is a handful of passes in C over one tuple; only a frame
+that fails them is looked at field by field, to name the key and the value.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
+
+import msgpack
+
+from sidecar.errors import MalformedFrameError
+from sidecar.events import I63_MAX, Event, Heartbeat, LedgerEvent, Refused, Trade
+
+PAYLOAD_BYTES_MAX: Final = 4096
+ASSET_MAX: Final = 2**31 - 1
+TS_US_MAX: Final = 2**62 - 1
+EVENT_TYPES: Final = ("DEPOSIT", "WITHDRAWAL", "ADJUSTMENT")
+
+
+class _Field(NamedTuple):
+    """An integer field: its name on the wire, another accepted name, its range, whether it must be there."""
+
+    name: str
+    alias: str | None = None
+    low: int = 0
+    high: int = I63_MAX
+    required: bool = True
+
+
+_COMMON = (_Field("session", required=False), _Field("ts_us", high=TS_US_MAX, required=False))
+_TRADE = (
+    _Field("trade_id", low=1),
+    _Field("match_seq"),
+    _Field("buy_order_id"),
+    _Field("sell_order_id"),
+    _Field("buyer_user_id"),
+    _Field("seller_user_id"),
+    _Field("base_asset", alias="base_asset_id", high=ASSET_MAX),
+    _Field("quote_asset", alias="quote_asset_id", high=ASSET_MAX),
+    _Field("price"),
+    _Field("quantity"),
+    _Field("buyer_refund"),
+    _Field("seller_refund"),
+    _Field("buyer_quote_version"),
+    _Field("buyer_base_version"),
+    _Field("seller_base_version"),
+    _Field("seller_quote_version"),
+    _Field("settled_at"),
+    _Field("quote_amount", required=False),
+    _Field("buyer_fee", required=False),
+    _Field("seller_fee", required=False),
+    *_COMMON,
+)
+_LEDGER = (
+    _Field("user_id"),
+    _Field("asset", alias="currency", high=ASSET_MAX),
+    _Field("related_id"),
+    _Field("created_at"),
+    *_COMMON,
+)
+_AMOUNT = _Field("amount")
+_ADJUSTMENT = _Field("amount", low=-I63_MAX)
+
+_KNOWN: Final = frozenset(
+    {"output_sequence", "next_sequence", "event_type", "amount"}
+    | {field.name for field in (*_TRADE, *_LEDGER)}
+    | {field.alias for field in (*_TRADE, *_LEDGER) if field.alias}
+)
+_required_of_trade = itemgetter(*(field.name for field in _TRADE if field.required))
+_TRADE_REQUIRED_KEYS: Final = sum(field.required for field in _TRADE) + 1  # and output_sequence
+_INTEGERS: Final = {int}  # type(True) is bool: a bool in an integer's place is a fault
+
+_show = reprlib.Repr()
+_show.maxlevel, _show.maxstring, _show.maxother, _show.maxlong, _show.maxdict, _show.maxtuple = 2, 80, 80, 80, 3, 3
+
+
+def decode(payload: bytes) -> Event | Heartbeat:
+    """Give the event or heartbeat in a frame's payload.
+
+    Raises MalformedFrameError when it is not one msgpack map or has no usable `output_sequence` (and is no heartbeat).
+    """
+    fields = _unpack(payload)
+    sequence = fields.get("output_sequence")
+    if type(sequence) is not int or not 0 < sequence <= I63_MAX:
+        return _heartbeat(fields)
+    if len(payload) > PAYLOAD_BYTES_MAX:
+        reason = f"payload is {len(payload)} bytes; at most {PAYLOAD_BYTES_MAX}"
+        return Refused(sequence, "TOO_LARGE", reason, _session(fields), payload)
+    if ("trade_id" in fields) == ("event_type" in fields):
+        reason = f"{'both' if 'trade_id' in fields else 'neither'} of trade_id and event_type; exactly one is allowed"
+        return Refused(sequence, "UNKNOWN_EVENT", reason, _session(fields), payload)
+    if "trade_id" in fields:
+        return _trade(fields, sequence, payload)
+    return _ledger_event(fields, sequence, payload)
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """Give the payload of a frame that carries these keys."""
+    payload: bytes = msgpack.packb(dict(fields))
+    return payload
+
+
+def same(one: bytes, other: bytes) -> bool:
+    """Say whether two payloads are one event: the same bytes, or the same known keys in type and value (design.md)."""
+    return one == other or _known(one) == _known(other)
+
+
+def _known(payload: bytes) -> dict[str, tuple[str, Any]]:
+    return {key: (type(value).__name__, value) for key, value in _unpack(payload).items() if key in _KNOWN}
+
+
+def _unpack(payload: bytes) -> dict[Any, Any]:
+    # Tuples for arrays and any key type, so that nothing in an unknown key can spoil a frame that has its place.
+    try:
+        fields = msgpack.unpackb(
+            payload, raw=False, use_list=False, strict_map_key=False, unicode_errors="surrogateescape"
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise MalformedFrameError(f"not one msgpack map: {type(error).__name__}: {error}") from error
+    if type(fields) is not dict:
+        raise MalformedFrameError(f"not a msgpack map: {_show.repr(fields)}")
+    return fields
+
+
+def _heartbeat(fields: dict[Any, Any]) -> Heartbeat:
+    if "output_sequence" in fields:
+        value = _show.repr(fields["output_sequence"])
+        raise MalformedFrameError(f"output_sequence={value}; an integer from 1 to {I63_MAX} is allowed")
+    following = fields.get("next_sequence")
+    if type(following) is not int or not 0 < following <= I63_MAX:
+        raise MalformedFrameError("no output_sequence, and no usable next_sequence that would make it a heartbeat")
+    stamp = fields.get("ts_us")
+    return Heartbeat(following, _session(fields), stamp if type(stamp) is int and 0 <= stamp <= TS_US_MAX else None)
+
+
+def _session(fields: dict[Any, Any]) -> int | None:
+    value = fields.get("session")
+    return value if type(value) is int and 0 <= value <= I63_MAX else None
+
+
+def _trade(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
+    try:
+        values = _required_of_trade(fields)
+    except KeyError:  # something is missing, or goes by its other name
+        return _looked_at(fields, sequence, payload)
+    if set(map(type, values)) != _INTEGERS or min(values) < 0 or max(values) > I63_MAX:
+        return _looked_at(fields, sequence, payload)
+    if len(fields) != _TRADE_REQUIRED_KEYS or values[0] == 0 or values[6] > ASSET_MAX or values[7] > ASSET_MAX:
+        return _looked_at(fields, sequence, payload)
+    return Trade(sequence, *values[:10], None, None, None, *values[10:], None, None, payload)
+
+
+def _looked_at(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
+    """Validate a trade field by field: it has optional or unknown keys, an alias, or a fault that wants a name."""
+    fault = _fault(fields, _TRADE)
+    if fault:
+        return Refused(sequence, "BAD_FIELD", fault, _session(fields), payload)
+    value = {field.name: _value(fields, field) for field in _TRADE}
+    return Trade(output_sequence=sequence, payload=payload, **value)
+
+
+def _ledger_event(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
+    kind = fields["event_type"]
+    fault = None
+    if kind not in EVENT_TYPES:
+        fault = f"event_type={_show.repr(kind)}; {', '.join(EVENT_TYPES)} are allowed"
+    fault = fault or _fault(fields, (*_LEDGER, _ADJUSTMENT if kind == "ADJUSTMENT" else _AMOUNT))
+    if fault:
+        return Refused(sequence, "BAD_FIELD", fault, _session(fields), payload)
+    value = {field.name: _value(fields, field) for field in _LEDGER}
+    return LedgerEvent(output_sequence=sequence, event_type=kind, amount=fields["amount"], payload=payload, **value)
+
+
+def _value(fields: dict[Any, Any], field: _Field) -> Any:
+    if field.alias is not None and field.alias in fields:
+        return fields[field.alias]
+    return fields.get(field.name)
+
+
+def _fault(fields: dict[Any, Any], specification: tuple[_Field, ...]) -> str | None:
+    for field in specification:
+        key = field.name
+        if field.alias is not None and field.alias in fields:
+            if key in fields:
+                return f"{key}={_show.repr(fields[key])} and its alias {field.alias}={_show.repr(fields[field.alias])}"
+            key = field.alias
+        if key not in fields:
+            if field.required:
+                return f"{key} is missing; an integer from {field.low} to {field.high} is required"
+            continue
+        value = fields[key]
+        if type(value) is not int or not field.low <= value <= field.high:
+            return f"{key}={_show.repr(value)}; an integer from {field.low} to {field.high} is allowed"
+    return None
