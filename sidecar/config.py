@@ -55,6 +55,7 @@ class ConfigError(SidecarError):
 
     def __init__(self, source: str, mistakes: Sequence[str]) -> None:
         """Take where the configuration came from and all that is wrong with it."""
+        assert mistakes, "nothing is wrong"
         if len(mistakes) == 1:
             super().__init__(f"{source}: {mistakes[0]}")
         else:

@@ -40,6 +40,7 @@ class Pipeline:
         batch_bytes_max: int,
         inflight_batches_max: int,
         retry_backoff_max_s: float,
+        on_submit: Callable[[Batch], None] = lambda _: None,
         on_ack: Callable[[Batch], None] = lambda _: None,
         jitter: random.Random | None = None,
     ) -> None:
@@ -57,6 +58,7 @@ class Pipeline:
         self._inflight_max = inflight_batches_max
         self._waiting_max = batch_trades_max * inflight_batches_max
         self._backoff_max_s = retry_backoff_max_s
+        self._on_submit = on_submit
         self._on_ack = on_ack
         self._jitter = jitter or random.Random()  # noqa: S311 - spreads retries, guards nothing
         self._waiting: deque[Folded] = deque()
@@ -104,6 +106,7 @@ class Pipeline:
                 self._ack(batch)
                 continue
             self._inflight += 1
+            self._on_submit(batch)
             self._spawn(self._send(batch))
 
     async def _send(self, batch: Batch) -> None:

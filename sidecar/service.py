@@ -163,7 +163,6 @@ class Settlement:
             bounds=bounds,
             batch_trades_max=bounds.batch_trades_max,
             spawn=self._tasks.create_task,  # type: ignore[arg-type]
-            on_ack=lambda _: None,
             now_us=_now_us,
         )
         return self

@@ -74,8 +74,9 @@ class Life:
         bounds: Bounds,
         batch_trades_max: int,
         spawn: Callable[[Awaitable[None]], object],
-        on_ack: Callable[[Batch], None],
         now_us: Callable[[], int],
+        on_submit: Callable[[Batch], None] = lambda _: None,
+        on_ack: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         self.agreed = agreed
         self.durable = start
@@ -97,6 +98,7 @@ class Life:
             batch_bytes_max=bounds.batch_bytes_max,
             inflight_batches_max=bounds.inflight_batches_max,
             retry_backoff_max_s=bounds.retry_backoff_max_s,
+            on_submit=on_submit,
             on_ack=on_ack,
         )
         self._store = store
@@ -242,7 +244,7 @@ class Settler:
         self._stopping = asyncio.Event()
         self._hole_since: tuple[int, float] | None = None
         self._session = 0
-        self._ack_log: IO[str] | None = None
+        self._ack_log: IO[bytes] | None = None
         self._ack_log_path = ack_log
         self._tick_s = min(TICK_S, bounds.durable_after_s / 2)
 
@@ -253,7 +255,7 @@ class Settler:
     async def run(self) -> None:
         """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
         if self._ack_log_path is not None:
-            self._ack_log = self._ack_log_path.open("a", buffering=1 << 16)
+            self._ack_log = self._ack_log_path.open("ab", buffering=0)  # a kill loses no line
         self._say()
         try:
             await self._open_store()
@@ -310,6 +312,7 @@ class Settler:
                     bounds=self._bounds,
                     batch_trades_max=self._batch_trades_max,
                     spawn=lambda work: tasks.create_task(work),  # type: ignore[arg-type]
+                    on_submit=self._note_submit,
                     on_ack=self._note_ack,
                     now_us=self._now_us,
                 )
@@ -504,9 +507,13 @@ class Settler:
             return False
         return True
 
+    def _note_submit(self, batch: Batch) -> None:
+        if self._ack_log is not None:
+            self._ack_log.write(b"# submitted %d %d\n" % (batch.first_sequence, batch.last_sequence))
+
     def _note_ack(self, batch: Batch) -> None:
         if self._ack_log is not None:
-            self._ack_log.write(f"{batch.first_sequence} {batch.last_sequence} {self._now_us()}\n")
+            self._ack_log.write(b"%d %d %d\n" % (batch.first_sequence, batch.last_sequence, self._now_us()))
 
     def said(self) -> dict[str, Any]:
         """Tell how settlement stands: what `<tape>.settled` holds."""
@@ -529,8 +536,6 @@ class Settler:
 
     def _say(self) -> None:
         write_settled(self._tape_path, self.said())
-        if self._ack_log is not None:
-            self._ack_log.flush()
 
 
 async def until_known(ask: Callable[[], Awaitable[T]], bounds: Bounds) -> T:
