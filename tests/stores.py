@@ -10,7 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.cassandra_node import Node
-    from tests.harness import World
+    from bench.world import World
 
 STORES = ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)]
 

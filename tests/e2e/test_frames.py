@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.harness import World, until
+from bench.world import World, until
 
 
 def _status(world: World, **wanted: Any) -> Any:

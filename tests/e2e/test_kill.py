@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Process, World, until
+from bench.world import Process, World, until
 from tests.stores import STORES, StoreUnderTest
 
 KILLS = 12

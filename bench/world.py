@@ -1,4 +1,4 @@
-"""Real processes for end-to-end tests: an engine, sidecars on a folder, and the judge, each started and ended by pid."""
+"""Real processes, for benchmarks and end-to-end tests: an engine, sidecars on a folder, the judge; all ended by pid."""
 
 from __future__ import annotations
 
