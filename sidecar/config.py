@@ -234,7 +234,7 @@ class EngineSection:
 
     endpoint: str = _key(_ENDPOINT, "tcp://127.0.0.1:5557")
     topic: str = _key(_TOPIC, "settlement")
-    receive_hwm_frames: int = _key(_integer(1, I31_MAX, "frames"), 1_000_000)
+    receive_hwm_frames: int = _key(_integer(1, I31_MAX, "frames"), 500_000)
     receive_buffer_bytes: int = _key(_integer(4_096, I31_MAX, "bytes"), 8_388_608)
     frame_bytes_max: int = _key(_integer(FRAME_BYTES_MAX_LEAST, 67_108_864, "bytes"), 1_048_576)
 
@@ -255,7 +255,7 @@ class TapeSection:
     size_bytes_max: int = _key(_integer(65_536, I63_MAX, "bytes"), 10_737_418_240)
     retention_s: float = _key(_seconds(zero="until durable"), 3_600.0)
     turn_frames_max: int = _key(_integer(1, 1_000_000, "frames"), 2_000)
-    memory_events_max: int = _key(_integer(1, 10_000_000, "events"), 100_000)
+    memory_events_max: int = _key(_integer(1, 10_000_000, "events"), 20_000)
     malformed_kept_max: int = _key(_integer(1, 10_000_000, "frames"), 10_000)
 
 

@@ -44,7 +44,11 @@ class DecisionRefusedError(SidecarError):
 
 def decided_by() -> str:
     """Name who decides, for the log: user, host and process."""
-    return f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}:{os.getpid()}"
 
 
 async def decide(

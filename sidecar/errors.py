@@ -26,7 +26,7 @@ class RulesChangedError(SidecarError):
 
 
 class MalformedFrameError(SidecarError):
-    """A frame without a place in the sequence (wire.md, Malformed): kept aside with its bytes, counted, never settled."""
+    """A frame without a place in the sequence (wire.md, Malformed): kept aside with its bytes, counted, not settled."""
 
 
 class UnknownPairError(SidecarError):
@@ -100,7 +100,7 @@ class TapeMissingError(TapeError):
 
 
 class TapeFullError(TapeError):
-    """`size_bytes_max` is reached or the disk is full: recording stands still, loudly, and goes on when there is room."""
+    """`size_bytes_max` is reached or the disk is full: recording stands still, loudly, until there is room."""
 
 
 class TapeDamagedError(TapeError):

@@ -104,6 +104,7 @@ class Ledger:
             raise Halt("UNKNOWN_ASSET", sequence, reason, _ADD)
 
         time_us = None
+        postings: dict[AccountKey, int] = {}
         balances: dict[AccountKey, Account] = {}
         if type(judged) is Trade:
             assert symbol is not None
@@ -113,7 +114,8 @@ class Ledger:
         elif type(judged) is LedgerEvent:
             time_us = judged.ts_us if judged.ts_us is not None else judged.created_at * 1000 or None
             amount = -judged.amount if judged.event_type == "WITHDRAWAL" else judged.amount
-            balances = self._post(sequence, time_us, {(judged.user_id, judged.asset): amount})
+            postings = {(judged.user_id, judged.asset): amount}
+            balances = self._post(sequence, time_us, postings)
         if time_us is not None and time_us > now_us + DAY_US:
             reason = f"the event's time is {time_us} us, more than a day after this host's clock, {now_us} us"
             raise Halt("ENGINE_TIME_AHEAD", sequence, reason, f"set the wrong clock right and restart; or {_REJECT}")
@@ -122,6 +124,7 @@ class Ledger:
         for key, account in balances.items():
             if account[0] < 0 <= self.accounts[key][0]:
                 self.negative_total += 1
+        self.skipped_total += len(postings) - len(balances)
         self.accounts.update(balances)
         if symbol is not None:
             self.last_trade_ids[symbol.name] = judged[1]  # type: ignore[assignment]  # trade_id
@@ -191,7 +194,6 @@ class Ledger:
         for key, amount in postings.items():
             available, version, last_sequence, _ = self.accounts[key]
             if last_sequence >= sequence:
-                self.skipped_total += 1
                 continue
             available += amount
             if not I64_MIN <= available <= I63_MAX:

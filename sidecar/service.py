@@ -1,8 +1,8 @@
 """From the configuration to running parts: the one place that knows which part gets which key.
 
-`serve` is a process's life: both halves, or one of them, under one task group, so that the death of any part ends the
-process (and systemd starts the next). SIGTERM and SIGINT stop the halves in the order of the data: nothing more is taken
-from the socket, what was taken is put on the tape, what is under way to the store is waited for under a deadline.
+`serve` is a process's life: both halves, or one of them, under one task group, so that the death of any part ends
+the process (and systemd starts the next). SIGTERM and SIGINT stop the halves in the order of the data: nothing more
+is taken from the socket, what was taken is put on the tape, what is under way to the store is waited for under a deadline.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def open_store(config: Config) -> Store:
-    """Give the configured store, to be opened: `async with open_store(config) as store`, or `await open_store(config)`."""
+    """Give the configured store, still to be opened: `async with` it, or `await` it and close it."""
     page_widths = {name: symbol.page_width for name, symbol in config.symbols.items()}
     if config.store.backend == "sqlite":
         return SQLiteStore(config.store.sqlite.path, page_widths)
@@ -126,8 +126,9 @@ async def _settle(settler: Settler) -> None:
 class Settlement:
     """Ledger, pipeline and store without sockets and tape: for programs that hold the stream's events themselves.
 
-    `async with Settlement(config) as settlement: await settlement.settle_trade_atomically(trade)`. It begins after the
-    last acknowledged event; whoever needs to replay what a database lost with the power runs a sidecar, which has a tape.
+    `async with Settlement(config) as settlement: await settlement.settle_trade_atomically(trade)`. It begins after
+    the last acknowledged event; whoever needs to replay what a database lost with the power runs a sidecar: it
+    has a tape.
     """
 
     def __init__(self, config: Config, store: Store | None = None) -> None:
@@ -167,12 +168,12 @@ class Settlement:
         )
         return self
 
-    async def __aexit__(self, *raised: Any) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         """Save the position and close the store."""
         assert self._life is not None
         assert self._tasks is not None
         try:
-            await self._tasks.__aexit__(*raised)
+            await self._tasks.__aexit__(*raised)  # type: ignore[arg-type]
             await self._life.save_acked()
         finally:
             await self.store.close()

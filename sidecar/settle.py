@@ -1,7 +1,7 @@
 """The settling half: tape → ledger → pipeline → store → acked → durable, in lives.
 
-A life begins at `durable` with empty memory and ends when memory might no longer agree with the store: a new decision, a
-database node that was away, a batch the server finds too large. The next life begins at `durable` again; replaying is
+A life begins at `durable` with empty memory and ends when memory might no longer agree with the store: a new decision,
+a database node that was away, a batch the server finds too large. The next life begins at `durable` again; replaying is
 harmless (ledger.py, batch.py). A halt ends no life: what stands before it is settled, positions move on, decisions are
 read, and recording never hears of it.
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from sidecar import decisions as decision_log
-from sidecar.batch import Batch
+from sidecar.batch import PAYLOAD_KEPT_BYTES_MAX, Batch
 from sidecar.decisions import Agreed
 from sidecar.errors import (
     BatchTooLargeError,
@@ -33,7 +33,7 @@ from sidecar.errors import (
     TapeDamagedError,
     TapeMissingError,
 )
-from sidecar.events import EMPTY_ACCOUNT, AccountKey, Event, State
+from sidecar.events import EMPTY_ACCOUNT, Event, LedgerEvent, State, Trade
 from sidecar.ledger import Ledger, before
 from sidecar.pipeline import Pipeline
 from sidecar.store.base import Store
@@ -46,6 +46,12 @@ BURST_EVENTS_MAX: Final = 512  # read from the tape, and folded, without giving 
 TICK_S: Final = 1.0  # decisions are read, positions are saved
 WAIT_S: Final = 0.1  # for the tape to move, before signals and the pause file are looked at again
 ACCOUNTS_READ_MAX: Final = 2_000  # in one question to the store
+FOREIGN_EVENTS_MAX: Final = 64  # compared with the store's rows before each burst, on a tape that did not settle them
+
+_SESSION_STEP: Final = (
+    "look with `sidecar tape info`; an engine that began anew is a new stream: set another stream.name"
+)
+_NOT_IN_ROWS: Final = frozenset({"quote_amount", "session", "payload"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +70,7 @@ class Bounds:
 class Life:
     """One life: a ledger and a pipeline that agree with what the store and its decisions said at its start."""
 
-    def __init__(  # noqa: D107 - made by `begin`
+    def __init__(
         self,
         *,
         store: Store,
@@ -133,14 +139,14 @@ class Life:
         missing = {key: None for event in events for key in accounts_of(event) if key not in accounts}
         if not missing:
             return
-        await self._make_room(len(missing), missing)
+        await self._make_room(len(missing))
         keys = list(missing)
         for at in range(0, len(keys), ACCOUNTS_READ_MAX):
             some = keys[at : at + ACCOUNTS_READ_MAX]
             found = await until_known(lambda some=some: self._store.load_accounts(self._stream, some), self._bounds)  # type: ignore[misc]
             accounts.update({key: found.get(key, EMPTY_ACCOUNT) for key in some})
 
-    async def _make_room(self, wanted: int, missing: dict[AccountKey, None]) -> None:
+    async def _make_room(self, wanted: int) -> None:
         """Evict what is durable; while nothing is, settlement waits for `durable` to move."""
         ledger, accounts_max = self.ledger, self._bounds.accounts_max
         while len(ledger.accounts) + wanted > accounts_max:
@@ -152,7 +158,7 @@ class Life:
                 break
 
     async def tick(self) -> None:
-        """Read the decisions, save the positions, move `durable`. Raises StartOver or Halt; skipped while unreachable."""
+        """Read decisions, save positions, move `durable`. Raises StartOver or Halt; skipped while unreachable."""
         now = asyncio.get_running_loop().time()
         acked = self.pipeline.acked
         try:
@@ -185,8 +191,8 @@ class Life:
         for entry in fresh:
             if entry.kind in ("gap", "reject") and entry.first_sequence <= self.pipeline.submitted:
                 reason = (
-                    f"decision {entry.number} ({entry.kind} {entry.first_sequence}…{entry.last_sequence}) names what was"
-                    f" already submitted, up to {self.pipeline.submitted}"
+                    f"decision {entry.number} ({entry.kind} {entry.first_sequence}…{entry.last_sequence}) names what"
+                    f" was already submitted, up to {self.pipeline.submitted}"
                 )
                 step = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
                 raise Halt("DECISION_CONFLICT", entry.first_sequence, reason, step)
@@ -224,7 +230,7 @@ class Settler:
         ack_log: Path | None = None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
-        """Take the store, the tape's path (and its tail when the recorder is in this process), the stream and its rules."""
+        """Take the store, the tape's path (and its tail, with the recorder in this process), the stream, its rules."""
         self.store = store
         self.state = "waiting"
         self.halted: Halt | None = None
@@ -244,6 +250,9 @@ class Settler:
         self._stopping = asyncio.Event()
         self._hole_since: tuple[int, float] | None = None
         self._session = 0
+        self._tape_id = 0
+        self._foreign_to = 0
+        self._compared: set[int] = set()
         self._ack_log: IO[bytes] | None = None
         self._ack_log_path = ack_log
         self._tick_s = min(TICK_S, bounds.durable_after_s / 2)
@@ -270,7 +279,11 @@ class Settler:
                     self._batch_trades_max = max(self._batch_trades_max // 2, 1)
                     log.warning(
                         "start_over",
-                        extra={"life": self.lives, "reason": _first(too_large), "batch_trades_max": self._batch_trades_max},
+                        extra={
+                            "life": self.lives,
+                            "reason": _first(too_large),
+                            "batch_trades_max": self._batch_trades_max,
+                        },
                     )
                 except* StoreRefusedError as refused:
                     step = "make the database accept it (schema, rights), then restart the sidecar"
@@ -303,6 +316,7 @@ class Settler:
             await self.store.ready_for(agreed.symbols.symbols)
             state = (await self.store.load_state(self._stream)).get("durable")
             start = state or before(agreed.first_sequence, agreed.base_us)
+            self._know_tape(reader, agreed, start)
             async with asyncio.TaskGroup() as tasks:
                 self.life = life = Life(
                     store=self.store,
@@ -311,7 +325,7 @@ class Settler:
                     start=start,
                     bounds=self._bounds,
                     batch_trades_max=self._batch_trades_max,
-                    spawn=lambda work: tasks.create_task(work),  # type: ignore[arg-type]
+                    spawn=tasks.create_task,  # type: ignore[arg-type]
                     on_submit=self._note_submit,
                     on_ack=self._note_ack,
                     now_us=self._now_us,
@@ -343,6 +357,8 @@ class Settler:
                 self._stand("paused")
                 await self._stopped_within(WAIT_S)
                 continue
+            if self._foreign_to:
+                await self._compare_foreign(agreed, reader)
             gap = agreed.gap_at_or_after(position + 1)
             if gap is not None and gap[0] <= position + 1:
                 await life.pass_over(gap[1])
@@ -377,12 +393,12 @@ class Settler:
             if self._on_gap == "record" and stood_s >= self._gap_after_s and not self._replay_configured:
                 await self._record_gap(first, last)
             elif self._on_gap == "halt" and (stood_s >= self._gap_after_s or not self._replay_configured):
-                step = f"find the frames (an archive, another host's tape), or accept: `sidecar gap accept {first} {last} --reason '…'`"
+                accept = f"sidecar gap accept {first} {last} --reason '…'"
+                step = f"find the frames (an archive, another host's tape), or give them up: `{accept}`"
                 self._halt(Halt("GAP", first, f"sequences {first} to {last} never reached this tape", step))
         elif look.newer_session is not None:
             reason = f"the engine began anew or contradicted itself: the tape goes on in session {look.newer_session}"
-            step = "look with `sidecar tape info`; if the engine really began anew, go on with `sidecar stream next NAME`"
-            self._halt(Halt("SESSION_CHANGED", position + 1, reason, step))
+            self._halt(Halt("SESSION_CHANGED", position + 1, reason, _SESSION_STEP))
         else:
             self._hole_since = None
             self._stand("running")
@@ -467,6 +483,52 @@ class Settler:
         claimed = said.get("session", 0) if said.get("stream") != self._stream else 0
         return next(((row.session, row.engine_session) for row in reader.sessions() if row.session > claimed), None)
 
+    # --- a tape that did not settle what the store holds: a new host, a lost tape ---
+
+    def _know_tape(self, reader: TapeReader, agreed: Agreed, start: State) -> None:
+        """Find out up to where the stream was settled from another tape than this one."""
+        said = read_settled(self._tape_path) or {}
+        self._tape_id = reader.tape_id
+        own = said.get("tape_id") == self._tape_id and said.get("stream") == self._stream
+        foreign_to = said.get("foreign_to", 0) if own else start.sequence
+        self._foreign_to = foreign_to if foreign_to >= agreed.first_sequence else 0
+
+    async def _compare_foreign(self, agreed: Agreed, reader: TapeReader) -> None:
+        """Compare what this tape holds of that part with the store's rows: other content is another session."""
+        # The newest first: two sessions may begin with the same deposits, they do not go on alike.
+        wanted: list[int] = []
+        for first, last in reversed(reader.runs(agreed.session).list()):
+            for sequence in range(min(last, self._foreign_to), max(first, agreed.first_sequence) - 1, -1):
+                if len(wanted) == FOREIGN_EVENTS_MAX:
+                    break
+                if sequence not in self._compared:
+                    wanted.append(sequence)
+        for sequence in wanted:
+            gap = agreed.gap_at_or_after(sequence)
+            events = [] if gap and gap[0] <= sequence else reader.read(agreed.session, sequence - 1, 1)
+            for event in events:
+                if not await until_known(lambda event=event: self._is_settled(agreed, event), self._bounds):  # type: ignore[misc]
+                    reason = f"sequence {sequence} on this tape is not what stream {self._stream} settled under it"
+                    raise Halt("SESSION_CHANGED", sequence, reason, _SESSION_STEP)
+            self._compared.add(sequence)
+
+    async def _is_settled(self, agreed: Agreed, event: Event) -> bool:
+        rejected = await self.store.get_rejected(self._stream, event.output_sequence)
+        if rejected is not None:
+            return bytes(rejected["payload"]) == event.payload[:PAYLOAD_KEPT_BYTES_MAX]
+        row: dict[str, Any] | None = None
+        other_names = {"asset": "asset_id"}
+        if isinstance(event, LedgerEvent):
+            row = await self.store.get_ledger_event(self._stream, event.output_sequence)
+        elif isinstance(event, Trade):
+            symbol = agreed.symbols.by_pair.get((event.base_asset, event.quote_asset))
+            rows = await self.store.get_trade(symbol.name, event.trade_id) if symbol else []
+            row = next((row for row in rows if row["stream"] == self._stream), None)
+        if row is None:
+            return False
+        said = {key: value for key, value in event._asdict().items() if key not in _NOT_IN_ROWS}
+        return all(row.get(other_names.get(key, key)) == value for key, value in said.items() if value is not None)
+
     # --- how it stands: told to the recorder and to `status` ---
 
     def _stand(self, state: str) -> None:
@@ -481,7 +543,12 @@ class Settler:
         if self.halted is None or (self.halted.code, self.halted.sequence) != (halt.code, halt.sequence):
             log.error(
                 "halted",
-                extra={"code": halt.code, "sequence": halt.sequence, "reason": halt.reason, "next_step": halt.next_step},
+                extra={
+                    "code": halt.code,
+                    "sequence": halt.sequence,
+                    "reason": halt.reason,
+                    "next_step": halt.next_step,
+                },
             )
             self.halted, self.state = halt, "halted"
             self._say()
@@ -521,6 +588,8 @@ class Settler:
         return {
             "stream": self._stream,
             "session": self._session,
+            "tape_id": self._tape_id,
+            "foreign_to": self._foreign_to,
             "state": self.state,
             "halted": halt
             and {"code": halt.code, "sequence": halt.sequence, "reason": halt.reason, "next_step": halt.next_step},

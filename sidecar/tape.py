@@ -20,6 +20,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import sqlite3
 import time
 import zlib
@@ -488,6 +489,11 @@ class TapeReader:
         return _load_runs(self._db, session)
 
     @property
+    def tape_id(self) -> int:
+        """Give the number that this tape got when it was made: another file in its place has another."""
+        return _meta(self._db, "tape_id")
+
+    @property
     def malformed_total(self) -> int:
         """Count the malformed frames this tape has heard."""
         return _meta(self._db, "malformed_total")
@@ -675,7 +681,7 @@ def _connect_writer(path: Path) -> sqlite3.Connection:
         found, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
         if (found, version) == (0, 0) and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             db.executescript(
-                f"BEGIN; {_TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
+                f"BEGIN; {_TABLES} INSERT INTO meta VALUES ('tape_id', {secrets.randbits(62)}); PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
             )
         elif found != APPLICATION_ID or version != FORMAT:
             db.close()

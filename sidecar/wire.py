@@ -9,7 +9,7 @@ that fails them is looked at field by field, to name the key and the value.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -76,6 +76,7 @@ _KNOWN: Final = frozenset(
 _required_of_trade = itemgetter(*(field.name for field in _TRADE if field.required))
 _TRADE_REQUIRED_KEYS: Final = sum(field.required for field in _TRADE) + 1  # and output_sequence
 _INTEGERS: Final = {int}  # type(True) is bool: a bool in an integer's place is a fault
+_SCALARS: Final = frozenset({int, bool, float, str, bytes, type(None)})
 
 _show = reprlib.Repr()
 _show.maxlevel, _show.maxstring, _show.maxother, _show.maxlong, _show.maxdict, _show.maxtuple = 2, 80, 80, 80, 3, 3
@@ -108,12 +109,25 @@ def encode(fields: Mapping[str, Any]) -> bytes:
 
 
 def same(one: bytes, other: bytes) -> bool:
-    """Say whether two payloads are one event: the same bytes, or the same known keys in type and value (design.md)."""
-    return one == other or _known(one) == _known(other)
+    """Say whether two payloads are one event: the same bytes, or the same known keys in type and value (design.md).
+
+    Bytes that are no msgpack map are the same as themselves only.
+    """
+    if one == other:
+        return True
+    try:
+        return _known(one) == _known(other)
+    except MalformedFrameError:
+        return False
 
 
 def _known(payload: bytes) -> dict[str, tuple[str, Any]]:
-    return {key: (type(value).__name__, value) for key, value in _unpack(payload).items() if key in _KNOWN}
+    # A scalar by its value, however it was packed (a float by its digits: NaN is itself); anything else by its bytes,
+    # since comparing what is nested deeply would exhaust the stack.
+    return {
+        key: (type(value).__name__, repr(value) if type(value) in _SCALARS else piece)
+        for key, value, piece in _known_pieces(payload)
+    }
 
 
 def _unpack(payload: bytes) -> dict[Any, Any]:
@@ -122,11 +136,44 @@ def _unpack(payload: bytes) -> dict[Any, Any]:
         fields = msgpack.unpackb(
             payload, raw=False, use_list=False, strict_map_key=False, unicode_errors="surrogateescape"
         )
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise MalformedFrameError(f"not one msgpack map: {type(error).__name__}: {error}") from error
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return {key: value for key, value, _ in _known_pieces(payload)}
     if type(fields) is not dict:
         raise MalformedFrameError(f"not a msgpack map: {_show.repr(fields)}")
     return fields
+
+
+def _known_pieces(payload: bytes) -> Iterator[tuple[str, Any, bytes]]:
+    """Give the known keys of a map, their values and the values' bytes, whatever the other keys and values are.
+
+    For maps that can't be unpacked whole though they are sound msgpack: a map as a key, a timestamp of a wrong length. A
+    value that can't be unpacked is given as its bytes. Nesting is bounded by msgpack (1,024 levels).
+    """
+    unpacker = msgpack.Unpacker(None, max_buffer_size=max(len(payload), 1))
+    unpacker.feed(payload)
+    try:
+        for _ in range(unpacker.read_map_header()):
+            start = unpacker.tell()
+            unpacker.skip()
+            middle = unpacker.tell()
+            unpacker.skip()
+            end = unpacker.tell()
+            key = _unpack_piece(payload[start:middle])
+            if type(key) is str and key in _KNOWN:
+                yield key, _unpack_piece(payload[middle:end]), payload[middle:end]
+        if unpacker.tell() != len(payload):
+            raise ValueError(f"{len(payload) - unpacker.tell()} bytes after its end")
+    except (ValueError, msgpack.UnpackException) as error:
+        raise MalformedFrameError(f"not one msgpack map: {type(error).__name__}: {error}") from error
+
+
+def _unpack_piece(piece: bytes) -> Any:
+    try:
+        return msgpack.unpackb(
+            piece, raw=False, use_list=False, strict_map_key=False, unicode_errors="surrogateescape"
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return piece
 
 
 def _heartbeat(fields: dict[Any, Any]) -> Heartbeat:
@@ -152,13 +199,22 @@ def _trade(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
         return _looked_at(fields, sequence, payload)
     if set(map(type, values)) != _INTEGERS or min(values) < 0 or max(values) > I63_MAX:
         return _looked_at(fields, sequence, payload)
-    if len(fields) != _TRADE_REQUIRED_KEYS or values[0] == 0 or values[6] > ASSET_MAX or values[7] > ASSET_MAX:
+    if values[0] == 0 or values[6] > ASSET_MAX or values[7] > ASSET_MAX:
         return _looked_at(fields, sequence, payload)
-    return Trade(sequence, *values[:10], None, None, None, *values[10:], None, None, payload)
+    if len(fields) == _TRADE_REQUIRED_KEYS:
+        return Trade(sequence, *values[:10], None, None, None, *values[10:], None, None, payload)
+    get = fields.get
+    optional = get("quote_amount", 0), get("buyer_fee", 0), get("seller_fee", 0), get("ts_us", 0), get("session", 0)
+    if set(map(type, optional)) != _INTEGERS or min(optional) < 0 or max(optional) > I63_MAX:
+        return _looked_at(fields, sequence, payload)
+    if optional[3] > TS_US_MAX or "base_asset_id" in fields or "quote_asset_id" in fields:
+        return _looked_at(fields, sequence, payload)
+    amounts = get("quote_amount"), get("buyer_fee"), get("seller_fee")
+    return Trade(sequence, *values[:10], *amounts, *values[10:], get("ts_us"), get("session"), payload)
 
 
 def _looked_at(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
-    """Validate a trade field by field: it has optional or unknown keys, an alias, or a fault that wants a name."""
+    """Validate a trade field by field: it has an alias, or a fault that wants a name."""
     fault = _fault(fields, _TRADE)
     if fault:
         return Refused(sequence, "BAD_FIELD", fault, _session(fields), payload)

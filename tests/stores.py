@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.cassandra_node import Node
     from bench.world import World
+    from tests.cassandra_node import Node
 
 STORES = ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)]
 
 
 class StoreUnderTest:
-    """How a sidecar and the judge reach a store that holds nothing yet: a file of the world's, or a keyspace of its own."""
+    """How a sidecar and the judge reach an empty store: a file of the world's, or a keyspace of its own."""
 
     def __init__(self, node: Node | None) -> None:
         self.node = node

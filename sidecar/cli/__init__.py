@@ -23,7 +23,7 @@ to begin:
   sidecar status                                    how it stands, and what to do when it is halted
   sidecar demo                                      a real engine's session, settled in front of you
 
-every verb takes --config FILE (else ./sidecar.toml, else /etc/sidecar/sidecar.toml), --set section.key=value and --json;
+every verb takes --config FILE (else ./sidecar.toml, else /etc/sidecar/sidecar.toml), --set section.key=value, --json;
 SIDECAR_SECTION__KEY in the environment sets a key, too. exit: 0 fine, 1 found or failed, 2 usage, 78 configuration
 """
 

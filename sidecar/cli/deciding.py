@@ -19,7 +19,12 @@ from sidecar.events import Decision
 from sidecar.store.base import Store
 from sidecar.tape import TapeReader, paused_path, read_settled
 
-_NO_EVENT = ("GAP", "SESSION_CHANGED", "STORE_REFUSED", "DECISION_CONFLICT")  # halts that no single event is the cause of
+_NO_EVENT = (
+    "GAP",
+    "SESSION_CHANGED",
+    "STORE_REFUSED",
+    "DECISION_CONFLICT",
+)  # halts that no single event is the cause of
 
 
 def add_verbs(verb: Any, group: Any) -> None:
@@ -62,7 +67,9 @@ def resume(given: argparse.Namespace) -> int:
 
 def _decided(given: argparse.Namespace, made: Decision) -> int:
     said = made._asdict() | {"body": json.loads(made.body)}
-    about = f"{made.first_sequence}" + (f" to {made.last_sequence}" if made.last_sequence != made.first_sequence else "")
+    about = f"{made.first_sequence}" + (
+        f" to {made.last_sequence}" if made.last_sequence != made.first_sequence else ""
+    )
     print(json.dumps(said) if given.json else f"decision {made.number} of stream {made.stream}: {made.kind} {about}")
     return 0
 
@@ -107,7 +114,7 @@ def gap_accept(given: argparse.Namespace) -> int:
 
 
 def _present(config: Config, session: int, first: int, last: int) -> list[int]:
-    """Give one sequence of first..last that is on the tape, if any is; above what was ever heard of, nothing is a hole."""
+    """Give one sequence of first..last that is on the tape, if any is. Above what was heard of, nothing is a hole."""
     try:
         with closing(TapeReader(config.tape.path)) as reader:
             runs = reader.runs(session)
@@ -142,7 +149,7 @@ def gap_list(given: argparse.Namespace) -> int:
         ],
     }
     rows = [("hole", first, last, "") for first, last in said["holes"]]
-    rows += [("accepted", gap.first_sequence, gap.last_sequence, gap.reason) for gap in gaps]  # type: ignore[misc]
+    rows += [("accepted", gap.first_sequence, gap.last_sequence, gap.reason) for gap in gaps]
     text = table(("what", "from", "to", "reason"), rows) if rows else "no holes, no gaps"
     print(json.dumps(out) if given.json else text)
     return 0

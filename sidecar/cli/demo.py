@@ -1,7 +1,7 @@
 """The demo: an engine process, `sidecar run`, a fresh store, a progress bar, and a verdict by an independent judge.
 
-Everything is real and separate: the engine publishes over a ZeroMQ socket in its own process, the sidecar is the one that
-operators run, and the judge is a program that shares no code with it.
+Everything is real and separate: the engine publishes over a ZeroMQ socket in its own process, the sidecar is the one
+that operators run, and the judge is a program that shares no code with it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -59,7 +60,27 @@ class _Target:
             self.settings = ["store.backend=sqlite", f"store.sqlite.path={folder / 'settlement.db'}"]
             self.judged = f"sqlite:{folder / 'settlement.db'}"
             return
-        raise DemoFailedError(f"--store {store} is not available here")
+        port = self._start_cassandra(stack)
+        keyspace = f"demo_{secrets.token_hex(4)}"
+        self.settings = [
+            "store.backend=cassandra", "store.cassandra.contact_points=127.0.0.1", f"store.cassandra.port={port}",
+            f"store.cassandra.keyspace={keyspace}",
+        ]  # fmt: skip
+        self.judged = f"cassandra:127.0.0.1:{port}/{keyspace}"
+
+    def _start_cassandra(self, stack: contextlib.ExitStack) -> int:
+        """Start a node of the demo's own, wiped at the end."""
+        script, name = _ROOT / "scripts" / "cassandra", f"demo-{secrets.token_hex(4)}"
+        if not script.is_file():
+            raise DemoFailedError(f"{script} is not there: run the demo from a checkout, with scripts/demo")
+        stack.callback(subprocess.run, [script, "wipe", "--name", name], capture_output=True, check=False)
+        started = json.loads(_output([str(script), "start", "--name", name, "--json"]))
+        return int(started["nodes"][0]["port"])
+
+    def prepare(self, configured: list[str], environment: dict[str, str]) -> None:
+        """Make the tables, where an operator would."""
+        if self.name == "cassandra":
+            _output([sys.executable, "-m", "sidecar", "schema", "apply", *configured], environment=environment)
 
 
 def _settle(folder: Path, trades: str, target: _Target, rate: float, *, quiet: bool) -> dict[str, Any]:
@@ -72,13 +93,16 @@ def _settle(folder: Path, trades: str, target: _Target, rate: float, *, quiet: b
     endpoint = f"tcp://127.0.0.1:{_free_port()}"
     tape, journal, acks = folder / "tape.db", folder / "journal.jsonl", folder / "acks.txt"
     settings = [
-        *target.settings, f"engine.endpoint={endpoint}", f"tape.path={tape}", f"pipeline.ack_log={acks}", "admin.listen=",
+        *target.settings, f"engine.endpoint={endpoint}", f"tape.path={tape}", f"pipeline.ack_log={acks}",
+        "admin.listen=",
     ]  # fmt: skip
-    run = [sys.executable, "-m", "sidecar", "run", "--config", str(bench / f"{trades}.toml")]
+    configured = ["--config", str(bench / f"{trades}.toml")]
     for setting in settings:
-        run += ["--set", setting]
+        configured += ["--set", setting]
+    run = [sys.executable, "-m", "sidecar", "run", *configured]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
+    target.prepare(configured, environment)
     with _process(run, folder / "sidecar.log", environment) as sidecar:
         paced = ["--rate", str(rate)] if rate > 0 else ["--pace", "flat"]
         published = [*engine, "--endpoint", endpoint, "--journal", str(journal), "--stamp", "--json", "--quiet", *paced]
@@ -86,7 +110,8 @@ def _settle(folder: Path, trades: str, target: _Target, rate: float, *, quiet: b
             last = _watch(tape, engine_process, sidecar, folder, trades, quiet=quiet)
         _stop(sidecar)
     judge = [
-        sys.executable, str(bench / "judge.py"), "--journal", str(journal), "--rules", str(rules), "--store", target.judged,
+        sys.executable, str(bench / "judge.py"), "--journal", str(journal), "--rules", str(rules),
+        "--store", target.judged,
         "--acks", str(acks), "--json",
     ]  # fmt: skip
     if trades == "session":
@@ -109,7 +134,13 @@ def _settle(folder: Path, trades: str, target: _Target, rate: float, *, quiet: b
 
 
 def _watch(
-    tape: Path, engine: subprocess.Popen[bytes], sidecar: subprocess.Popen[bytes], folder: Path, trades: str, *, quiet: bool
+    tape: Path,
+    engine: subprocess.Popen[bytes],
+    sidecar: subprocess.Popen[bytes],
+    folder: Path,
+    trades: str,
+    *,
+    quiet: bool,
 ) -> int:
     """Follow the settlement until the engine's last event is acknowledged; give its sequence."""
     total = _expected(trades)
@@ -118,10 +149,14 @@ def _watch(
     with _progress(total, quiet=quiet) as show:
         while True:
             if sidecar.poll() is not None:
-                raise DemoFailedError(f"`sidecar run` ended with {sidecar.returncode}:\n{_end_of(folder / 'sidecar.log')}")
+                raise DemoFailedError(
+                    f"`sidecar run` ended with {sidecar.returncode}:\n{_end_of(folder / 'sidecar.log')}"
+                )
             if last is None and engine.poll() is not None:
                 if engine.returncode != 0:
-                    raise DemoFailedError(f"the engine ended with {engine.returncode}:\n{_end_of(folder / 'engine.log')}")
+                    raise DemoFailedError(
+                        f"the engine ended with {engine.returncode}:\n{_end_of(folder / 'engine.log')}"
+                    )
                 last = int(json.loads((folder / "engine.out").read_text().splitlines()[-1])["last_sequence"])
             said = read_settled(tape) or {}
             acked = int(said.get("acked", 0))
@@ -167,7 +202,8 @@ def _progress(total: int | None, *, quiet: bool) -> Iterator[Any]:
         yield tell
         return
     columns = (
-        TextColumn("settling"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+        TextColumn("settling"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("settling", total=total, rate="")
@@ -192,7 +228,9 @@ def _text(verdict: dict[str, Any]) -> str:
         else f"  differences: {json.dumps(verdict['differences'][:5])}",
     ]
     if verdict["balances"]:
-        lines.append(f"  {verdict['balances_equal']} of {verdict['balances']} balances are the engine's own, to the unit")
+        lines.append(
+            f"  {verdict['balances_equal']} of {verdict['balances']} balances are the engine's own, to the unit"
+        )
     rate, p50, p99 = verdict["trades_per_s"], verdict["p50_ms"], verdict["p99_ms"]
     lines.append(f"  {rate:,.0f} trades/s; from the engine's send to acknowledged: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
     return "\n".join(lines)
@@ -223,8 +261,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise DemoFailedError(f"`sidecar run` ended with {status} after SIGTERM; 0 is right")
 
 
-def _output(command: list[str], allowed: tuple[int, ...] = (0,)) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _output(command: list[str], allowed: tuple[int, ...] = (0,), environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode not in allowed or not done.stdout:
         raise DemoFailedError(f"{' '.join(command[1:3])} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout

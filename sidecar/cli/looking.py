@@ -43,7 +43,9 @@ def add_verbs(verb: Any, group: Any) -> None:
     parts = group("rejected", "events that were refused, kept with their payload")
     added = verb("list", rejected_list, "list rejected events", parents=parts)
     added.add_argument("--limit", type=_number, default=100, metavar="N", help="the newest N (default 100)")
-    added = verb("show", rejected_show, "show one rejected event and its payload; exit 1 when there is none", parents=parts)
+    added = verb(
+        "show", rejected_show, "show one rejected event and its payload; exit 1 when there is none", parents=parts
+    )
     added.add_argument("sequence", type=_number, metavar="SEQ")
 
     parts = group("tape", "the recorded stream on this host's disk")
@@ -137,7 +139,8 @@ def status_of(config: Config) -> dict[str, Any]:
             said |= {
                 "session": session,
                 "taped": runs.head,
-                "lag_events": max(runs.head - settled_to, 0) - sum(last - first + 1 for first, last in holes if first <= runs.head),
+                "lag_events": max(runs.head - settled_to, 0)
+                - sum(last - first + 1 for first, last in holes if first <= runs.head),
                 "holes": [list(hole) for hole in holes],
                 "malformed": reader.malformed_total,
                 "sessions": len(sessions),
@@ -182,10 +185,11 @@ def _status_text(said: dict[str, Any]) -> str:
     holes = said["holes"]
     lines = [
         f"stream {said['stream']}: {said['state']}",
-        f"  taped {said['taped']}, acked {said['acked']}, durable {said['durable']}; {said['lag_events']} events behind",
+        f"  taped {said['taped']}, acked {said['acked']}, durable {said['durable']}, {said['lag_events']} behind",
         f"  recorder {'runs' if said['recording'] else 'does not run'}, settler"
         f" {'runs' if said['settling'] else 'does not run'}, store {said['store']}",
-        f"  rejected {said['rejected']}, malformed {said['malformed']}, session {said['session']} of {said['sessions']}",
+        f"  rejected {said['rejected']}, malformed {said['malformed']},"
+        f" session {said['session']} of {said['sessions']}",
     ]
     if holes:
         shown = ", ".join(f"{first}–{last}" if first != last else str(first) for first, last in holes[:10])
@@ -349,7 +353,9 @@ def tape_info(given: argparse.Namespace) -> int:
         + [len(row["holes"]), moment(row["opened_at_us"]), row["reason"]]
         for row in sessions
     ]
-    _print(given, said, f"{said['path']}: {said['size_bytes']} bytes, malformed {said['malformed']}\n{table(heads, rows)}")
+    _print(
+        given, said, f"{said['path']}: {said['size_bytes']} bytes, malformed {said['malformed']}\n{table(heads, rows)}"
+    )
     return 0
 
 
@@ -359,7 +365,11 @@ def tape_dump(given: argparse.Namespace) -> int:
     with closing(TapeReader(config.tape.path)) as reader:
         if given.malformed:
             for number, at_us, reason, frames in reader.malformed(given.limit):
-                print(json.dumps({"number": number, "recorded_at_us": at_us, "reason": reason, "frames_hex": frames.hex()}))
+                print(
+                    json.dumps(
+                        {"number": number, "recorded_at_us": at_us, "reason": reason, "frames_hex": frames.hex()}
+                    )
+                )
             return 0
         told = read_settled(config.tape.path) or {}
         session = given.session if given.session is not None else told.get("session") or 1
@@ -370,7 +380,16 @@ def tape_dump(given: argparse.Namespace) -> int:
             rows = reader.frames(session, first, given.last, min(left, 500))
             for sequence, at_us, payload in rows:
                 kind = type(decode(payload)).__name__
-                print(json.dumps({"output_sequence": sequence, "recorded_at_us": at_us, "kind": kind, "event": _readable(payload)}))
+                print(
+                    json.dumps(
+                        {
+                            "output_sequence": sequence,
+                            "recorded_at_us": at_us,
+                            "kind": kind,
+                            "event": _readable(payload),
+                        }
+                    )
+                )
             if not rows:
                 break
             left, first = left - len(rows), rows[-1][0] + 1

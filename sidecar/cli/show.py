@@ -23,9 +23,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Lay rows out in columns: numbers to the right, text to the left."""
     lines = [list(heads), *([("-" if cell is None else str(cell)) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    right = [
-        len(lines) > 1 and all(_is_number(line[column]) for line in lines[1:]) for column in range(len(heads))
-    ]
+    right = [len(lines) > 1 and all(_is_number(line[column]) for line in lines[1:]) for column in range(len(heads))]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)

@@ -150,7 +150,7 @@ class SQLiteStore(Store):
         have = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         for statement in (*_SCHEMA, *map(_trades_table, symbols)):
             db.execute(statement)
-        wanted = {f"settled_trades_{symbol}": TRADE_COLUMNS for symbol in symbols}
+        wanted: dict[str, tuple[str, ...]] = {f"settled_trades_{symbol}": TRADE_COLUMNS for symbol in symbols}
         wanted |= {"user_balances": BALANCE_COLUMNS, "ledger_events": LEDGER_COLUMNS}
         for table, columns in wanted.items():
             found = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
@@ -339,9 +339,7 @@ class SQLiteStore(Store):
         return [Balance(*row) for row in await self._read(self._select, query, (user_id,))]
 
     async def _one(self, table: str, columns: tuple[str, ...], stream: str, sequence: int) -> dict[str, Any] | None:
-        query = (
-            f"SELECT {', '.join(columns)} FROM {table} WHERE stream = ? AND page = ? AND output_sequence = ?"
-        )
+        query = f"SELECT {', '.join(columns)} FROM {table} WHERE stream = ? AND page = ? AND output_sequence = ?"
         rows = await self._read(self._select, query, (stream, sequence // ROW_PAGE_WIDTH, sequence))
         return dict(zip(columns, rows[0], strict=True)) if rows else None
 
@@ -384,7 +382,9 @@ class SQLiteStore(Store):
     def scan_rejected(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's rejected events."""
         where = "stream = ? AND output_sequence BETWEEN ? AND ?"
-        return self._scan("rejected_events", REJECTED_COLUMNS, ("page", "output_sequence"), where, (stream, first, last))
+        return self._scan(
+            "rejected_events", REJECTED_COLUMNS, ("page", "output_sequence"), where, (stream, first, last)
+        )
 
     async def scan_balances(self) -> AsyncIterator[list[Balance]]:
         """Go through all balance rows."""

@@ -165,3 +165,35 @@ def test_changed_rules_exit_78_and_new_symbols_are_taken(tmp_path: Path) -> None
         run = world.start("run", log="lacking.log")
         until(lambda: run.logged("configuration_differs"), "a warning about what the configuration lacks")
         assert run.term() == 0
+
+
+def test_a_new_tape_beside_a_stream_that_is_far_on_goes_on_from_durable(tmp_path: Path) -> None:
+    with World(tmp_path, settings=["pipeline.durable_after_s=0.5"]) as world:
+        run = world.start("run")
+        world.engine("--count", "2000").result()
+        until(lambda: world.said().get("durable") == 2000, "all of it is durable")
+        assert run.term() == 0
+        run = world.start("run", tape="new.db")
+        world.engine("--count", "3000").result()  # the same engine again: its first 2,000 are compared, not settled
+        world.until_acked(3000, tape="new.db")
+        said = world.status(tape="new.db")
+        assert (said["state"], said["holes"]) == ("running", [])
+        assert run.term() == 0
+        verdict = world.judge()
+        assert verdict["ok"], verdict
+
+
+def test_a_new_tape_with_another_session_beside_a_settled_stream_halts(tmp_path: Path) -> None:
+    with World(tmp_path, source="generated", settings=["pipeline.durable_after_s=0.5"]) as world:
+        run = world.start("run")
+        world.engine("--count", "2000").result()
+        until(lambda: world.said().get("durable") == 2000, "all of it is durable")
+        assert run.term() == 0
+        run = world.start("run", tape="new.db")
+        world.engine("--count", "3000", "--seed", "99", journal=tmp_path / "other.jsonl").result()
+        said = until(lambda: (s := world.status(tape="new.db"))["halted"] and s, "it halts")
+        assert said["halted"]["code"] == "SESSION_CHANGED"
+        assert said["acked"] == 2000
+        assert run.term() == 0
+        verdict = world.judge()
+        assert verdict["ok"], verdict

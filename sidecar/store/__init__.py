@@ -1,0 +1,1 @@
+"""The stores: one interface (base), Cassandra or ScyllaDB and SQLite behind it."""
