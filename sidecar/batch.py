@@ -100,7 +100,8 @@ def take(
         elif type(event) is LedgerEvent:
             more = _LEDGER_BYTES + stream_bytes
         elif type(event) is Refused:
-            more = _REJECTED_BYTES + stream_bytes + len(event.reason.encode()) + min(len(event.payload), PAYLOAD_KEPT_BYTES_MAX)
+            kept_bytes = min(len(event.payload), PAYLOAD_KEPT_BYTES_MAX)
+            more = _REJECTED_BYTES + stream_bytes + len(event.reason.encode()) + kept_bytes
         moved = folded.balances
         if moved:
             more += (_BALANCE_BYTES + stream_bytes) * len(moved.keys() - balances.keys())

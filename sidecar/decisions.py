@@ -70,7 +70,9 @@ async def decide(
             return [*log, numbered]
 
 
-def decision(kind: str, now_us: int, *, reason: str, body: Any = None, about: tuple[int, int] | None = None) -> Decision:
+def decision(
+    kind: str, now_us: int, *, reason: str, body: Any = None, about: tuple[int, int] | None = None
+) -> Decision:
     """Make an entry that still lacks its number: `about` is the range of sequences, `body` is kept as JSON."""
     first, last = about or (None, None)
     text = json.dumps(body or {}, sort_keys=True)
@@ -156,7 +158,7 @@ async def accept_gap(
 ) -> Decision:
     """Decide that these sequences will never be posted on the stream, even if they turn up.
 
-    `present` are those of them that the tape holds. Raises DecisionRefusedError when they are not all holes, or settled.
+    `present` are those of them that the tape holds. Raises DecisionRefusedError when one is no hole, or settled.
     """
     if present:
         raise DecisionRefusedError(f"sequence {present[0]} is on the tape; only holes can be accepted: see `gap list`")

@@ -104,9 +104,11 @@ class TapeFullError(TapeError):
 
 
 class TapeDamagedError(TapeError):
-    """A frame on the tape does not match its checksum: settlement halts with TAPE_DAMAGED."""
+    """A frame on the tape is not what was recorded: settlement halts with TAPE_DAMAGED."""
 
-    def __init__(self, session: int, sequence: int) -> None:
-        """Name the frame."""
-        super().__init__(f"session {session}, sequence {sequence}: the frame on the tape does not match its checksum")
+    def __init__(
+        self, session: int, sequence: int, why: str = "the frame on the tape does not match its checksum"
+    ) -> None:
+        """Name the frame, and how the damage shows."""
+        super().__init__(f"session {session}, sequence {sequence}: {why}")
         self.sequence = sequence

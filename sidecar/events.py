@@ -107,7 +107,7 @@ class Balance(NamedTuple):
 
 
 class State(NamedTuple):
-    """A position of a stream with what a start from there needs: T(sequence) in us, the last trade id of each symbol."""
+    """A position of a stream and what a start from there needs: T(sequence) in us, the last trade id of each symbol."""
 
     sequence: int
     stamp_us: int
@@ -115,7 +115,7 @@ class State(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """An entry of the log `stream_decisions` (design.md, Decisions). `body` is JSON text; `decided_at_ms` since 1970."""
+    """An entry of the log `stream_decisions` (design.md, Decisions). `body` is JSON; `decided_at_ms` since 1970."""
 
     stream: str
     number: int

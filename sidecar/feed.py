@@ -1,9 +1,9 @@
 """The feed: a SUB socket drained on its file descriptor, in bounded turns, without a task a message.
 
-The descriptor is edge-triggered: it speaks once when something comes, not again while something is left. So a drain goes
-on until the socket is empty, and one that stops at its bound schedules itself. Nothing is lost to a slow turn: frames
-wait in libzmq's queue (`receive_hwm_frames`) and in the kernel (`receive_buffer_bytes`); beyond both the publisher drops,
-which the sequence numbers show.
+The descriptor is edge-triggered: it speaks once when something comes, not again while something is left. So a drain
+goes on until the socket is empty, and one that stops at its bound schedules itself. Nothing is lost to a slow turn:
+frames wait in libzmq's queue (`receive_hwm_frames`) and in the kernel (`receive_buffer_bytes`); beyond both the
+publisher drops, which the sequence numbers show.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Feed:
         take = min(self._turn_frames_max, self._may_take())
         with contextlib.suppress(zmq.Again):
             for _ in range(take):
-                turn.append(receive(zmq.NOBLOCK))
+                turn.append(receive(zmq.NOBLOCK))  # noqa: PERF401 - what came before Again must be kept
         if turn:
             self.frames_total += len(turn)
             self._on_turn(turn)

@@ -36,8 +36,8 @@ _REJECT: Final = "look at the event with `sidecar tape dump`; to go on without i
 class Folded(NamedTuple):
     """What one event, or one range of accepted gaps, comes to: what a batch is made of.
 
-    `stamp_us` is T of its last sequence. `symbol` is None unless a trade was accepted, `quote_amount` is what was posted
-    for it. `balances` holds the new state of each account that the event moved (skipped ones are not in it).
+    `stamp_us` is T of its last sequence. `symbol` is None unless a trade was accepted, `quote_amount` is what was
+    posted for it. `balances` holds the new state of each account that the event moved (skipped ones are not in it).
     """
 
     last_sequence: int
@@ -131,7 +131,7 @@ class Ledger:
         self.sequence = sequence
         stamp = self.stamp_us + 1
         least = self._offset_us + sequence
-        stamp = least if least > stamp else stamp
+        stamp = least if least > stamp else stamp  # noqa: FURB136 - a call of max costs more than all of this
         self.stamp_us = stamp = time_us if time_us is not None and time_us > stamp else stamp
         return Folded(sequence, stamp, judged, symbol, quote_amount, balances)
 
@@ -187,9 +187,7 @@ class Ledger:
             return _refused(trade, "TRADE_ID_NOT_RISING", reason), None, 0
         return trade, symbol, quote_amount
 
-    def _post(
-        self, sequence: int, time_us: int | None, postings: dict[AccountKey, int]
-    ) -> dict[AccountKey, Account]:
+    def _post(self, sequence: int, time_us: int | None, postings: dict[AccountKey, int]) -> dict[AccountKey, Account]:
         balances: dict[AccountKey, Account] = {}
         for key, amount in postings.items():
             available, version, last_sequence, _ = self.accounts[key]
@@ -234,7 +232,7 @@ def trade_time_us(trade: Trade, symbol: Symbol) -> int | None:
     return (trade.trade_id >> 16) * 1000 if symbol.trade_id_is_time else None
 
 
-def _refused(event: Trade | LedgerEvent, code: str, reason: str) -> Refused:
+def _refused(event: Event, code: str, reason: str) -> Refused:
     return Refused(event.output_sequence, code, reason, event.session, event.payload)
 
 

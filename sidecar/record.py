@@ -50,6 +50,7 @@ class Recorder:
         self._now_us = now_us
         self._wake = asyncio.Event()
         self._stopping = False
+        self._failed: Exception | None = None
         self._feed = Feed(
             endpoint=endpoint,
             topic=topic,
@@ -70,16 +71,19 @@ class Recorder:
         """Record until `stop`. Raises TapeError when the disk can't be trusted: the process must end (design.md)."""
         self._feed.start()
         pruning = asyncio.create_task(self._prune())
+        pruning.add_done_callback(lambda _: self._wake.set())
         try:
             while not (self._stopping and not self.tape.has_pending):
+                if self._failed is not None:
+                    raise self._failed
+                if pruning.done():
+                    pruning.result()
                 if not self.tape.has_pending:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
                 await self._commit()
                 self._feed.resume()
-                if pruning.done():
-                    pruning.result()
         finally:
             pruning.cancel()
             self._feed.close()
@@ -106,12 +110,20 @@ class Recorder:
         return 0 if self._stopping else max(self._pending_max - self.tape.pending_frames, 0)
 
     def _take_turn(self, turn: list[list[bytes]]) -> None:
+        # Called by the event loop, which would log an error, forget the rest of the turn, and go on: `run` raises it.
+        try:
+            self._hear(turn)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the process ends with it
+            self._failed = error
+            self._wake.set()
+
+    def _hear(self, turn: list[list[bytes]]) -> None:
         tape = self.tape
         self.heard_at_us = self._now_us()
         for frames in turn:
             try:
-                if len(frames) != 2:  # noqa: PLR2004 - [topic, payload], wire.md
-                    raise MalformedFrameError(f"{len(frames)} frames; exactly two, topic and payload, are allowed")  # noqa: TRY301
+                if len(frames) != 2:  # [topic, payload], wire.md
+                    raise MalformedFrameError(f"{len(frames)} frames; exactly two, topic and payload, are allowed")
                 event = decode(frames[1])
             except MalformedFrameError as malformed:
                 tape.append_malformed(frames, str(malformed))
@@ -128,8 +140,8 @@ class Recorder:
         while True:
             await asyncio.sleep(PRUNE_EVERY_S)
             said = read_settled(self.tape.path)
-            if said is None:
+            if said is None or not all(type(said.get(key)) is int for key in ("session", "deletable")):
                 continue
             older_than_us = self._now_us() - int(self._retention_s * 1_000_000)
-            while await self.tape.prune(said["session"], said["deletable"], older_than_us):
+            while await self.tape.prune(said["session"], said["deletable"], older_than_us):  # noqa: ASYNC110 - it works
                 await asyncio.sleep(0)

@@ -1,8 +1,8 @@
 """From the configuration to running parts: the one place that knows which part gets which key.
 
 `serve` is a process's life: both halves, or one of them, under one task group, so that the death of any part ends
-the process (and systemd starts the next). SIGTERM and SIGINT stop the halves in the order of the data: nothing more
-is taken from the socket, what was taken is put on the tape, what is under way to the store is waited for under a deadline.
+the process (systemd starts the next). SIGTERM and SIGINT stop the halves in the order of the data: nothing more is
+taken from the socket, what was taken is put on the tape, what is under way to the store is waited for under a deadline.
 """
 
 from __future__ import annotations

@@ -248,6 +248,7 @@ class Settler:
         self._replay_configured = replay_configured
         self._now_us = now_us
         self._stopping = asyncio.Event()
+        self._limit: asyncio.Timeout | None = None
         self._hole_since: tuple[int, float] | None = None
         self._session = 0
         self._tape_id = 0
@@ -260,6 +261,8 @@ class Settler:
     def stop(self) -> None:
         """Take nothing more; `run` returns when what is under way is acknowledged, or `shutdown_timeout_s` is over."""
         self._stopping.set()
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + self._bounds.shutdown_timeout_s)
 
     async def run(self) -> None:
         """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
@@ -333,17 +336,29 @@ class Settler:
                 log.info("life_begins", extra={"life": self.lives, "durable": start.sequence, "stream": self._stream})
                 self._stand("running")
                 ticking = tasks.create_task(self._tick(life))
-                try:
-                    await self._settle(life, reader)
-                except Halt as halt:
-                    self._halt(halt)
-                    await self._stopping.wait()  # a new decision ends this life: see Life.tick
-                await self._finish(life)
+                await self._settle_until_stopped(life, reader)
                 ticking.cancel()
                 if life.pipeline.unacked_batches:
                     raise StartOver("stopped with batches under way")  # ends them with the life
         finally:
             reader.close()
+
+    async def _settle_until_stopped(self, life: Life, reader: TapeReader) -> None:
+        try:
+            async with asyncio.timeout(None) as self._limit:
+                try:
+                    await self._settle(life, reader)
+                except Halt as halt:
+                    self._halt(halt)
+                    await self._stopping.wait()  # a new decision ends this life: see Life.tick
+                await life.pipeline.drained()
+                await life.save_acked()
+        except TimeoutError:
+            log.warning("shutdown_timeout", extra={"unacked_batches": life.pipeline.unacked_batches})
+        except OutcomeUnknownError as error:
+            log.warning("acked_not_saved", extra={"error": str(error)})
+        finally:
+            self._limit = None
 
     async def _settle(self, life: Life, reader: TapeReader) -> None:
         async for burst in self._bursts(life, reader):
@@ -416,18 +431,6 @@ class Settler:
             await asyncio.sleep(self._tick_s)
             await life.tick()
             self._say()
-
-    async def _finish(self, life: Life) -> None:
-        try:
-            async with asyncio.timeout(self._bounds.shutdown_timeout_s):
-                await life.pipeline.drained()
-        except TimeoutError:
-            log.warning("shutdown_timeout", extra={"unacked_batches": life.pipeline.unacked_batches})
-        try:
-            async with asyncio.timeout(2.0):
-                await life.save_acked()
-        except (OutcomeUnknownError, TimeoutError) as error:
-            log.warning("acked_not_saved", extra={"error": str(error)})
 
     # --- beginnings ---
 

@@ -105,7 +105,9 @@ def added_rules(logged: dict[str, Any], configured: dict[str, Any]) -> tuple[dic
                 for key, value in have[name].items()
                 if rule.get(key) != value
             ]
-        lacking += [f"{section}.{name} is in the stream's rules, not in the configuration" for name in have.keys() - want]
+        lacking += [
+            f"{section}.{name} is in the stream's rules, not in the configuration" for name in have.keys() - want
+        ]
     ids = {asset["id"]: name for name, asset in logged["assets"].items()}
     changed += [
         f"assets.{name}.id = {asset['id']}, which is {ids[asset['id']]}"

@@ -41,6 +41,8 @@ APPLICATION_ID: Final = 0x53434152  # "SCAR"
 _ROWS_A_STATEMENT: Final = 128  # rows a statement: each step gives the GIL away once, so few steps, not one a row
 _PRUNE_ROWS: Final = 5_000
 _NO_SPACE: Final = (sqlite3.SQLITE_FULL,)
+_DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
+_LOCK_TRIES: Final = 10  # 0.2 s in all: a look at who holds it (`is_locked`) takes it for an instant
 
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -81,7 +83,7 @@ class Session(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What is there after a position: `hole` is the first missing range up to something newer, `newer_session` a border."""
+    """What is there after a position: `hole`, a missing range below something newer; `newer_session`, a border."""
 
     hole: tuple[int, int] | None
     newer_session: int | None
@@ -161,13 +163,13 @@ class Tail:
         self._events_max = events_max
         self.moved = asyncio.Event()
 
-    def put(self, session: int, events: list[Event]) -> None:
-        """Add committed events, and wake whoever waits."""
+    def put(self, session: int, events: list[Event], head: int) -> None:
+        """Add committed events, and wake whoever waits; `head` is the highest sequence the session has on disk."""
         if session != self.session:
             self.session = session
-            self.newest = 0
             self._events = {}
-        self.newest = max(self.newest, *(event.output_sequence for event in events))
+        # Not the highest of `events`: a hole filled late is low, while the disk holds more above it.
+        self.newest = head
         if len(self._events) + len(events) > self._events_max:
             self._events = {}  # the settler is far behind and on the disk: begin again with the newest
         self._events.update([(event.output_sequence, event) for event in events[-self._events_max :]])
@@ -224,7 +226,7 @@ class Tape:
         tail_events_max: int = 20_000,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
-        """Open or create the tape at `path`. Raises TapeLockedError when another recorder has it, TapeError otherwise."""
+        """Open or create the tape at `path`. Raises TapeLockedError when another recorder has it, else TapeError."""
         self.path = path
         self.tail = Tail(tail_events_max)
         self.duplicates_total = 0
@@ -233,16 +235,18 @@ class Tape:
         self._size_bytes_max = size_bytes_max
         self._malformed_kept_max = malformed_kept_max
         self._now_us = now_us
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = lock(path, "recorder")
         try:
             self._db = _connect_writer(path)
         except BaseException:
             self._lock.close()
             raise
-        self._sessions = {row.session: _OpenSession(row, _load_runs(self._db, row.session)) for row in _sessions(self._db)}
+        self._sessions = {
+            row.session: _OpenSession(row, _load_runs(self._db, row.session)) for row in _sessions(self._db)
+        }
         self._runs_on_disk = {number: dict(opened.runs.list()) for number, opened in self._sessions.items()}
         self.malformed_total = _meta(self._db, "malformed_total")
+        self._comparing: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tape")
         self._pending_by_place: dict[tuple[int, int], bytes] = {}
         self._begin_turn()
@@ -251,8 +255,8 @@ class Tape:
 
     @property
     def pending_frames(self) -> int:
-        """Count the frames that wait for the next commit: the recorder's bound for draining its socket."""
-        return len(self._frames)
+        """Count the frames, malformed ones too, that wait for the next commit: the bound for draining the socket."""
+        return len(self._frames) + len(self._malformed)
 
     def append(self, event: Event) -> None:
         """Give an event its place; it is on disk after `commit`. A repeated one is counted and forgotten."""
@@ -268,7 +272,7 @@ class Tape:
                 below = f"sequence {sequence} lies at or below {open_session.pruned_to}, which was settled and deleted"
                 open_session = self._open(event.session, below)
             elif sequence in runs:
-                if wire.same(self._payload(open_session.session, sequence), event.payload):
+                if self._is_repeated(open_session.session, sequence, event.payload):
                     self.duplicates_total += 1
                     return
                 open_session = self._open(event.session, f"sequence {sequence} came again with other content")
@@ -276,24 +280,29 @@ class Tape:
         runs.add(sequence)
         session = open_session.session
         payload = event.payload
+        if not self._frames:
+            self._turn_at_us = self._now_us()  # not when the last turn was taken: that may be an hour ago
         self._touched.add(session)
         self._frames.append((session, sequence, self._turn_at_us, checksum(session, sequence, payload), payload))
         self._events.append((session, event))
         self._pending_by_place[session, sequence] = payload
 
     def append_malformed(self, frames: list[bytes], reason: str) -> None:
-        """Keep a frame aside that has no place, with its bytes; the count goes on when `malformed_kept_max` is reached."""
+        """Keep a frame aside that has no place, with its bytes; `malformed_kept_max` bounds what is kept."""
         self.malformed_total += 1
-        self._malformed.append((self._turn_at_us, reason, b"\0".join(frames)[: wire.PAYLOAD_BYTES_MAX * 4]))
+        self._malformed.append((self._now_us(), reason, b"\0".join(frames)[: wire.PAYLOAD_BYTES_MAX * 4]))
 
     def announce(self, heartbeat: Heartbeat) -> None:
-        """Learn from a heartbeat how far the engine has published: what is missing up to there is a hole."""
-        if not self._sessions:
-            return
-        open_session = self._sessions[max(self._sessions)]
-        if heartbeat.session is not None and heartbeat.session != open_session.engine_session:
-            return
+        """Learn from a heartbeat how far the engine has published: what is missing up to there is a hole.
+
+        A session of which only heartbeats were heard is opened too, once there is something that it has lost.
+        """
         published = heartbeat.next_sequence - 1
+        if not published:
+            return
+        open_session = self._sessions[max(self._sessions)] if self._sessions else None
+        if open_session is None or None not in (heartbeat.session, open_session.engine_session):
+            open_session = self._session_of(heartbeat.session)
         if published > max(open_session.runs.head, open_session.announced_to):
             open_session.announced_to = published
             self._announced[open_session.session] = published
@@ -312,7 +321,8 @@ class Tape:
             current.engine_session = engine_session
             self._keyed.append((engine_session, current.session))
             return current
-        return self._open(engine_session, f"the engine's session changed from {current.engine_session} to {engine_session}")
+        changed = f"the engine's session changed from {current.engine_session} to {engine_session}"
+        return self._open(engine_session, changed)
 
     def _open(self, engine_session: int | None, reason: str) -> _OpenSession:
         row = Session(max(self._sessions, default=0) + 1, engine_session, self._now_us(), reason, 0, 0)
@@ -323,15 +333,26 @@ class Tape:
         )
         return opened
 
-    def _payload(self, session: int, sequence: int) -> bytes:
+    def _is_repeated(self, session: int, sequence: int, payload: bytes) -> bool:
+        """Compare a frame with the one that is on the tape under its sequence."""
         pending = self._pending_by_place.get((session, sequence))
         if pending is not None:
-            return pending
-        with contextlib.closing(_connect_reader(self.path)) as db:
-            row = db.execute(
-                "SELECT payload FROM frames WHERE session = ? AND output_sequence = ?", (session, sequence)
-            ).fetchone()
-        return row[0] if row else b""
+            return wire.same(pending, payload)
+        query = "SELECT checksum, payload FROM frames WHERE session = ? AND output_sequence = ?"
+        try:
+            if self._comparing is None:  # kept open: opening it for each of a storm of repeats would hold up the socket
+                self._comparing = _connect_reader(self.path)
+            found = self._comparing.execute(query, (session, sequence)).fetchall()
+        except sqlite3.Error as error:
+            raise TapeError(f"{self.path}: {error}; sequence {sequence} can't be compared with what's there") from error
+        if not found:
+            return False  # deleted a moment ago: as any that lies below what the tape holds
+        stored, kept = found[0]
+        if checksum(session, sequence, kept) == stored:
+            return wire.same(kept, payload)
+        if checksum(session, sequence, payload) != stored:
+            log.error("tape_damaged", extra={"session": session, "sequence": sequence})
+        return True  # the tape is at fault, not the engine: settlement halts at the damage, not at a new session
 
     # --- to disk: one thread, one commit a turn -----------------------------------------------------------------------
 
@@ -377,7 +398,8 @@ class Tape:
         self.recorded_total += len(turn.frames)
         if turn.events:
             session = turn.events[-1][0]
-            self.tail.put(session, [event for at, event in turn.events if at == session])
+            head = next(reversed(turn.runs[session].values()))
+            self.tail.put(session, [event for at, event in turn.events if at == session], head)
 
     def _write(self, turn: _Turn) -> None:
         db = self._db
@@ -462,6 +484,8 @@ class Tape:
     def close(self) -> None:
         """Close the file and let another recorder have it; what was not committed is given up."""
         self._thread.shutdown()
+        if self._comparing is not None:
+            self._comparing.close()
         self._db.close()
         self._lock.close()
 
@@ -521,7 +545,8 @@ class TapeReader:
     def read(self, session: int, after: int, events_max: int) -> list[Event]:
         """Give the contiguous events right after a position: from memory when they are new, else from disk.
 
-        Raises TapeDamagedError when the next frame does not match its checksum.
+        Raises TapeDamagedError when the next frame does not match its checksum, can't be read, or is not there though
+        `runs` says it is.
         """
         tail = self._tail
         if tail is not None and tail.session == session:
@@ -539,7 +564,24 @@ class TapeReader:
             if damaged.sequence == after + 1:
                 raise
             return self.read(session, after, damaged.sequence - after - 1)  # what stands before it is sound
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
+                raise
+            if events_max == 1:
+                raise TapeDamagedError(session, after + 1, str(error)) from error
+            return self.read(session, after, events_max // 2)  # down to the frame that can't be read
+        if not events and self._lacks(session, after + 1):
+            raise TapeDamagedError(session, after + 1, "the frame is gone from the tape, and nobody deleted it")
         return events
+
+    def _lacks(self, session: int, sequence: int) -> bool:
+        """Say whether a frame that `runs` names is missing; one statement, so one moment of the tape."""
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM runs WHERE session = ?1 AND first_sequence <= ?2 AND last_sequence >= ?2)"
+            " AND EXISTS (SELECT 1 FROM sessions WHERE session = ?1 AND pruned_to < ?2)"
+            " AND NOT EXISTS (SELECT 1 FROM frames WHERE session = ?1 AND output_sequence = ?2)"
+        )
+        return bool(self._db.execute(query, (session, sequence)).fetchone()[0])
 
     def look(self, session: int, after: int) -> Look:
         """Say what stands after a position at which `read` gives nothing: a hole, a newer session, or nothing yet."""
@@ -635,13 +677,24 @@ class Lock:
 def lock(path: Path, role: str) -> Lock:
     """Become the tape's one `role` (recorder, settler). Raises TapeLockedError when there is one."""
     name = path.with_name(f"{path.name}.{role}")
-    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.parent.mkdir(parents=True, exist_ok=True)  # a settler may be here before there is a tape
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as error:
-        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise TapeLockedError(f"{path} has a {role} already, process {holder or '?'}; one at a time is allowed") from error
+        raise TapeError(f"{name}: {error.strerror}; is tape.path in a folder that this user may write to?") from error
+    for tries_left in reversed(range(_LOCK_TRIES)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if tries_left:
+                time.sleep(0.02)
+                continue
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise TapeLockedError(
+                f"{path} has a {role} already, process {holder or '?'}; one at a time is allowed"
+            ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return Lock(descriptor)
@@ -674,6 +727,7 @@ def insert_rows(db: sqlite3.Connection, head: str, columns: int, rows: list[Any]
 
 
 def _connect_writer(path: Path) -> sqlite3.Connection:
+    db = None
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
         db.execute("PRAGMA journal_mode = WAL")
@@ -690,6 +744,8 @@ def _connect_writer(path: Path) -> sqlite3.Connection:
                 f" and {FORMAT} are read); name another file as tape.path"
             )
     except sqlite3.Error as error:
+        if db is not None:
+            db.close()
         raise TapeError(f"{path}: {error}; is tape.path a writable file on a local disk?") from error
     return db
 
@@ -697,6 +753,7 @@ def _connect_writer(path: Path) -> sqlite3.Connection:
 def _connect_reader(path: Path) -> sqlite3.Connection:
     if not path.exists():
         raise TapeMissingError(f"there is no tape at {path} yet; `sidecar record` or `sidecar run` makes it")
+    db = None
     try:
         db = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
@@ -705,6 +762,8 @@ def _connect_reader(path: Path) -> sqlite3.Connection:
             db.close()
             raise TapeMissingError(f"{path} is no tape, or not made yet")
     except sqlite3.Error as error:
+        if db is not None:
+            db.close()
         raise TapeMissingError(f"{path}: {error}") from error
     return db
 
@@ -731,6 +790,7 @@ def _meta(db: sqlite3.Connection, key: str) -> int:
 
 
 def _used_bytes(db: sqlite3.Connection) -> int:
-    pages, free, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size"))
+    names = ("page_count", "freelist_count", "page_size")
+    pages, free, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
     used: int = (pages - free) * size
     return used

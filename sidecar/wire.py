@@ -146,8 +146,8 @@ def _unpack(payload: bytes) -> dict[Any, Any]:
 def _known_pieces(payload: bytes) -> Iterator[tuple[str, Any, bytes]]:
     """Give the known keys of a map, their values and the values' bytes, whatever the other keys and values are.
 
-    For maps that can't be unpacked whole though they are sound msgpack: a map as a key, a timestamp of a wrong length. A
-    value that can't be unpacked is given as its bytes. Nesting is bounded by msgpack (1,024 levels).
+    For maps that can't be unpacked whole though they are sound msgpack: a map as a key, a timestamp of a wrong length.
+    A value that can't be unpacked is given as its bytes. Nesting is bounded by msgpack (1,024 levels).
     """
     unpacker = msgpack.Unpacker(None, max_buffer_size=max(len(payload), 1))
     unpacker.feed(payload)
@@ -169,9 +169,7 @@ def _known_pieces(payload: bytes) -> Iterator[tuple[str, Any, bytes]]:
 
 def _unpack_piece(piece: bytes) -> Any:
     try:
-        return msgpack.unpackb(
-            piece, raw=False, use_list=False, strict_map_key=False, unicode_errors="surrogateescape"
-        )
+        return msgpack.unpackb(piece, raw=False, use_list=False, strict_map_key=False, unicode_errors="surrogateescape")
     except (ValueError, TypeError, OverflowError, RecursionError):
         return piece
 
@@ -194,7 +192,7 @@ def _session(fields: dict[Any, Any]) -> int | None:
 
 def _trade(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
     try:
-        values = _required_of_trade(fields)
+        values: Any = _required_of_trade(fields)
     except KeyError:  # something is missing, or goes by its other name
         return _looked_at(fields, sequence, payload)
     if set(map(type, values)) != _INTEGERS or min(values) < 0 or max(values) > I63_MAX:
@@ -202,7 +200,7 @@ def _trade(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
     if values[0] == 0 or values[6] > ASSET_MAX or values[7] > ASSET_MAX:
         return _looked_at(fields, sequence, payload)
     if len(fields) == _TRADE_REQUIRED_KEYS:
-        return Trade(sequence, *values[:10], None, None, None, *values[10:], None, None, payload)
+        return Trade(sequence, *values[:10], None, None, None, *values[10:], None, None, payload)  # type: ignore[call-arg]
     get = fields.get
     optional = get("quote_amount", 0), get("buyer_fee", 0), get("seller_fee", 0), get("ts_us", 0), get("session", 0)
     if set(map(type, optional)) != _INTEGERS or min(optional) < 0 or max(optional) > I63_MAX:
@@ -210,7 +208,7 @@ def _trade(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
     if optional[3] > TS_US_MAX or "base_asset_id" in fields or "quote_asset_id" in fields:
         return _looked_at(fields, sequence, payload)
     amounts = get("quote_amount"), get("buyer_fee"), get("seller_fee")
-    return Trade(sequence, *values[:10], *amounts, *values[10:], get("ts_us"), get("session"), payload)
+    return Trade(sequence, *values[:10], *amounts, *values[10:], get("ts_us"), get("session"), payload)  # type: ignore[call-arg]
 
 
 def _looked_at(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:

@@ -73,7 +73,7 @@ class _Target:
         script, name = _ROOT / "scripts" / "cassandra", f"demo-{secrets.token_hex(4)}"
         if not script.is_file():
             raise DemoFailedError(f"{script} is not there: run the demo from a checkout, with scripts/demo")
-        stack.callback(subprocess.run, [script, "wipe", "--name", name], capture_output=True, check=False)
+        stack.callback(lambda: subprocess.run([script, "wipe", "--name", name], capture_output=True, check=False))
         started = json.loads(_output([str(script), "start", "--name", name, "--json"]))
         return int(started["nodes"][0]["port"])
 

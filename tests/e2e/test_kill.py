@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_settler_killed_while_it_settles(tmp_path: Path, seed: int, under_test: 
         for kill in range(KILLS):
             acks = tmp_path / f"acks-{kill}.txt"
             settle = world.start("settle", f"pipeline.ack_log={acks}", log=f"settle-{kill}.log")
-            until(lambda acks=acks: acks.exists() and acks.stat().st_size, "it settles", 30)
+            until(partial(_has_content, acks), "it settles", 30)
             time.sleep(chance.uniform(2.0, 2.6) - 0.6)
             settle.kill()
             with_unacked += _unacked(acks) > 0
@@ -81,10 +82,10 @@ def test_run_killed_whole_while_the_engine_pauses(tmp_path: Path, seed: int, und
             time.sleep(chance.uniform(0.6, 1.2))
             world.pause_file.touch()
             last_sent = int(until(lambda: paused.exists() and paused.read_text(), "the engine pauses"))
-            until(lambda last=last_sent: _taped(world) >= last, "everything that was sent is taped")
+            until(partial(_has_taped, world, last_sent), "everything that was sent is taped")
             run.kill()
             run = world.start("run", log=f"run-{kill + 1}.log")
-            until(lambda run=run: world.said().get("pid") == run.pid, "it runs again")
+            until(partial(_is_run_by, world, run.pid), "it runs again")
             time.sleep(0.5)  # the subscription has to reach the engine: there is no replay in this test
             paused.unlink()
             world.pause_file.unlink()
@@ -94,6 +95,14 @@ def test_run_killed_whole_while_the_engine_pauses(tmp_path: Path, seed: int, und
         assert verdict["ok"], verdict
 
 
-def _taped(world: World) -> int:
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
+def _has_taped(world: World, sequence: int) -> bool:
     sessions = world.verb("tape", "info")["sessions"]
-    return int(sessions[0]["head"]) if sessions else 0
+    return bool(sessions) and int(sessions[0]["head"]) >= sequence
+
+
+def _is_run_by(world: World, pid: int) -> bool:
+    return world.said().get("pid") == pid
