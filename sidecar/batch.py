@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final, NamedTuple
 
-from sidecar.events import Account, AccountKey, LedgerEvent, Refused, Trade
+from sidecar.events import Account, AccountKey, Event, LedgerEvent, Refused, Trade
 from sidecar.ledger import Folded
 
 ROW_PAGE_WIDTH: Final = 10_000  # ledger_events, rejected_events: output_sequence // 10000 (schema.cql)
@@ -89,43 +89,39 @@ def take(
     balances: dict[AccountKey, Account] = {}
     last_trade_ids: dict[str, int] = {}
     stream_bytes = len(stream)
+    balance_bytes = _BALANCE_BYTES + stream_bytes
     size_bytes = events = 0
     stamp_us = last_sequence = 0
     while waiting and events < trades_max:
         folded = waiting[0]
-        event = folded.event
-        more = 0
-        if type(event) is Trade:
-            more = _TRADE_BYTES + stream_bytes
-        elif type(event) is LedgerEvent:
-            more = _LEDGER_BYTES + stream_bytes
-        elif type(event) is Refused:
-            kept_bytes = min(len(event.payload), PAYLOAD_KEPT_BYTES_MAX)
-            more = _REJECTED_BYTES + stream_bytes + len(event.reason.encode()) + kept_bytes
-        moved = folded.balances
-        if moved:
-            more += (_BALANCE_BYTES + stream_bytes) * len(moved.keys() - balances.keys())
-        alone = type(event) is Refused and event.code == "TOO_LARGE"
-        if events and (alone or size_bytes + more > bytes_max):
+        _, _, event, symbol, quote_amount, moved = folded
+        row_bytes, alone = _row_bytes(event), False
+        if type(event) is Refused:
+            alone = event.code == "TOO_LARGE"
+        if events and size_bytes + row_bytes + stream_bytes + balance_bytes * len(moved) > bytes_max:
+            further = len(moved.keys() - balances.keys())  # accounts that are in the batch already cost nothing more
+            if size_bytes + row_bytes + stream_bytes + balance_bytes * further > bytes_max:
+                break
+        if events and alone:
             break
         waiting.popleft()
-        size_bytes += more
         events += 1
-        last_sequence, stamp_us = folded.last_sequence, folded.stamp_us
+        last_sequence, stamp_us = folded[0], folded[1]
+        size_bytes += row_bytes + stream_bytes - balance_bytes * len(balances)
         balances |= moved
+        size_bytes += balance_bytes * len(balances)
         if type(event) is Trade:
-            symbol = folded.symbol
             assert symbol is not None
-            name = symbol.name
+            name, trade_id = symbol.name, event[1]
             row = (
-                event[1] // symbol.page_width, event[1], stream, *event[0:1], *event[2:11], folded.quote_amount,
+                trade_id // symbol.page_width, trade_id, stream, event[0], *event[2:11], quote_amount,
                 *event[12:22], None,
             )  # fmt: skip
             if name in trades:
                 trades[name].append(row)
             else:
                 trades[name] = [row]
-            last_trade_ids[name] = event[1]
+            last_trade_ids[name] = trade_id
         elif type(event) is LedgerEvent:
             ledger_events.append((stream, last_sequence // ROW_PAGE_WIDTH, last_sequence, *event[1:7], None))
         elif type(event) is Refused:
@@ -138,3 +134,15 @@ def take(
         stream, first_sequence, last_sequence, stamp_us, trades, ledger_events, rejected, balances, last_trade_ids,
         events, decisions_read,
     )  # fmt: skip
+
+
+def _row_bytes(event: Event | None) -> int:
+    """Give the bytes of an event's row without its stream's name; an accepted gap has none."""
+    if type(event) is Trade:
+        return _TRADE_BYTES
+    if type(event) is LedgerEvent:
+        return _LEDGER_BYTES
+    if type(event) is Refused:
+        kept_bytes = min(len(event.payload), PAYLOAD_KEPT_BYTES_MAX)
+        return _REJECTED_BYTES + len(event.code) + len(event.reason.encode()) + kept_bytes
+    return 0

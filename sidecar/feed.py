@@ -30,22 +30,21 @@ class Feed:
         turn_frames_max: int,
         receive_hwm_frames: int,
         receive_buffer_bytes: int,
-        frame_bytes_max: int,
         on_turn: Callable[[list[list[bytes]]], None],
         may_take: Callable[[], int],
     ) -> None:
         """Set the socket up; `start` connects.
 
-        `receive_hwm_frames` bounds libzmq's queue: a minute of 5,000 frames/s is 300,000. A heartbeat on this socket is
-        left out on purpose: a paused engine would be disconnected, and what it then says is lost; TCP keep-alive finds
-        a dead peer.
+        `receive_hwm_frames` bounds libzmq's queue: a minute of 5,000 frames/s is 300,000. Two options are left out on
+        purpose. A heartbeat on this socket: a paused engine would be disconnected, and what it then says is lost; TCP
+        keep-alive finds a dead peer. MAXMSGSIZE: one message over it and libzmq 4.3.5 hangs up for good, it does not
+        connect again (measured); what is too large is judged after it has come.
         """
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
         self._socket = self._context.socket(zmq.SUB)
         options = {
             zmq.RCVHWM: receive_hwm_frames,
             zmq.RCVBUF: receive_buffer_bytes,
-            zmq.MAXMSGSIZE: frame_bytes_max,
             zmq.RECONNECT_IVL: RECONNECT_MS,
             zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
             zmq.TCP_KEEPALIVE: 1,

@@ -23,6 +23,7 @@ from sidecar.ledger import Folded
 log = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S: Final = 0.05
+UNACKED_FACTOR_MAX: Final = 16  # times the slots: acknowledged batches that wait for one before them have a bound, too
 
 
 class Pipeline:
@@ -57,6 +58,7 @@ class Pipeline:
         self._bytes_max = batch_bytes_max
         self._inflight_max = inflight_batches_max
         self._waiting_max = batch_trades_max * inflight_batches_max
+        self._unacked_max = inflight_batches_max * UNACKED_FACTOR_MAX
         self._backoff_max_s = retry_backoff_max_s
         self._on_submit = on_submit
         self._on_ack = on_ack
@@ -91,7 +93,7 @@ class Pipeline:
         return self._inflight
 
     def _fill(self) -> None:
-        while self._waiting and self._inflight < self._inflight_max:
+        while self._waiting and self._inflight < self._inflight_max and len(self._unacked) < self._unacked_max:
             batch = take(
                 self._waiting,
                 stream=self._stream,

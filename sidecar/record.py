@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.errors import MalformedFrameError, TapeFullError
-from sidecar.events import Heartbeat
+from sidecar.events import Event, Heartbeat
 from sidecar.feed import Feed
 from sidecar.tape import Tape, read_settled
 from sidecar.wire import decode
@@ -42,10 +42,14 @@ class Recorder:
         retention_s: float,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
-        """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept."""
+        """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept.
+
+        A payload above `frame_bytes_max` is malformed; one between wire.md's 4 KiB and that is recorded, and rejected.
+        """
         self.tape = tape
         self.heard_at_us = 0
         self._pending_max = turn_frames_max * PENDING_TURNS_MAX
+        self._frame_bytes_max = frame_bytes_max
         self._retention_s = retention_s
         self._now_us = now_us
         self._wake = asyncio.Event()
@@ -57,7 +61,6 @@ class Recorder:
             turn_frames_max=turn_frames_max,
             receive_hwm_frames=receive_hwm_frames,
             receive_buffer_bytes=receive_buffer_bytes,
-            frame_bytes_max=frame_bytes_max,
             on_turn=self._take_turn,
             may_take=self._room,
         )
@@ -120,20 +123,31 @@ class Recorder:
     def _hear(self, turn: list[list[bytes]]) -> None:
         tape = self.tape
         self.heard_at_us = self._now_us()
+        malformed_frames, reason = 0, ""
         for frames in turn:
             try:
-                if len(frames) != 2:  # [topic, payload], wire.md
-                    raise MalformedFrameError(f"{len(frames)} frames; exactly two, topic and payload, are allowed")
-                event = decode(frames[1])
+                event = self._decoded(frames)
             except MalformedFrameError as malformed:
-                tape.append_malformed(frames, str(malformed))
-                log.warning("frame_malformed", extra={"reason": str(malformed)})
+                malformed_frames, reason = malformed_frames + 1, str(malformed)
+                tape.append_malformed(frames, reason)
                 continue
             if type(event) is Heartbeat:
                 tape.announce(event)
             else:
                 tape.append(event)  # type: ignore[arg-type]
+        if malformed_frames:  # one line a turn: a flood of them must not become a flood of lines
+            log.warning("frame_malformed", extra={"frames": malformed_frames, "last_reason": reason})
         self._wake.set()
+
+    def _decoded(self, frames: list[bytes]) -> Event | Heartbeat:
+        if len(frames) != 2:  # [topic, payload], wire.md
+            raise MalformedFrameError(f"{len(frames)} frames; exactly two, topic and payload, are allowed")
+        payload = frames[1]
+        if len(payload) > self._frame_bytes_max:
+            raise MalformedFrameError(
+                f"payload is {len(payload)} bytes; engine.frame_bytes_max, {self._frame_bytes_max}, is allowed"
+            )
+        return decode(payload)
 
     async def _prune(self) -> None:
         """Delete what is durable and older than `retention_s`, a bounded piece at a time."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Any, Self
 
 from sidecar import decisions, wire
-from sidecar.config import Config
+from sidecar.config import CassandraSection, Config, ConfigError, read_secret
 from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError
 from sidecar.events import Refused, Trade
 from sidecar.ledger import before
@@ -33,7 +34,52 @@ def open_store(config: Config) -> Store:
     page_widths = {name: symbol.page_width for name, symbol in config.symbols.items()}
     if config.store.backend == "sqlite":
         return SQLiteStore(config.store.sqlite.path, page_widths)
-    raise SidecarError(f"store.backend = {config.store.backend!r}; sqlite is allowed")
+    if config.store.backend == "cassandra":
+        return _cassandra_store(config.store.cassandra, page_widths)
+    raise SidecarError(f"store.backend = {config.store.backend!r}; sqlite and cassandra are allowed")
+
+
+def _cassandra_store(section: CassandraSection, page_widths: dict[str, int]) -> Store:
+    try:
+        from sidecar.store.cassandra import CassandraStore
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.partition(".")[0] != "cassandra":
+            raise
+        step = "pip install 'sidecar[cassandra]'"
+        raise SidecarError(
+            f'store.backend = "cassandra" needs cassandra-driver, which is not installed: {step}'
+        ) from None
+    password = None
+    if section.password_file is not None:
+        password = read_secret(section.password_file, "store.cassandra.password_file")
+    return CassandraStore(
+        page_widths=page_widths,
+        contact_points=section.contact_points,
+        port=section.port,
+        local_dc=section.local_dc,
+        keyspace=section.keyspace,
+        replication_factor=section.replication_factor,
+        batch=section.batch,
+        request_timeout_s=section.request_timeout_s,
+        username=section.username,
+        password=password,
+        tls=_tls(section),
+    )
+
+
+def _tls(section: CassandraSection) -> ssl.SSLContext | None:
+    """Make what checks the nodes' certificates (authority, and address or name), and shows ours; None without a CA."""
+    if section.tls_ca_file is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=str(section.tls_ca_file))
+        if section.tls_cert_file is not None:
+            context.load_cert_chain(section.tls_cert_file, section.tls_key_file)
+    except (OSError, ssl.SSLError) as error:
+        files = (section.tls_ca_file, section.tls_cert_file, section.tls_key_file)
+        named = ", ".join(str(file) for file in files if file is not None)
+        raise ConfigError("store.cassandra.tls_ca_file", [f"{named}: can't be used: {error}"]) from error
+    return context
 
 
 def bounds_of(config: Config) -> Bounds:

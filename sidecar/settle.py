@@ -23,7 +23,7 @@ from typing import IO, Any, Final, TypeVar
 
 from sidecar import decisions as decision_log
 from sidecar.batch import PAYLOAD_KEPT_BYTES_MAX, Batch
-from sidecar.decisions import Agreed
+from sidecar.decisions import Agreed, DecisionRefusedError
 from sidecar.errors import (
     BatchTooLargeError,
     Halt,
@@ -33,7 +33,7 @@ from sidecar.errors import (
     TapeDamagedError,
     TapeMissingError,
 )
-from sidecar.events import EMPTY_ACCOUNT, Event, LedgerEvent, State, Trade
+from sidecar.events import EMPTY_ACCOUNT, AccountKey, Event, LedgerEvent, State, Trade
 from sidecar.ledger import Ledger, before
 from sidecar.pipeline import Pipeline
 from sidecar.store.base import Store
@@ -139,23 +139,26 @@ class Life:
         missing = {key: None for event in events for key in accounts_of(event) if key not in accounts}
         if not missing:
             return
-        await self._make_room(len(missing))
+        await self._make_room(len(missing), {key for event in events for key in accounts_of(event)})
         keys = list(missing)
         for at in range(0, len(keys), ACCOUNTS_READ_MAX):
             some = keys[at : at + ACCOUNTS_READ_MAX]
             found = await until_known(lambda some=some: self._store.load_accounts(self._stream, some), self._bounds)  # type: ignore[misc]
             accounts.update({key: found.get(key, EMPTY_ACCOUNT) for key in some})
 
-    async def _make_room(self, wanted: int) -> None:
-        """Evict what is durable; while nothing is, settlement waits for `durable` to move."""
+    async def _make_room(self, wanted: int, needed: set[AccountKey]) -> None:
+        """Evict what is durable and not needed now; while more of it may become durable, settlement waits.
+
+        What remains then goes over the bound: it is needed together, or its rows are ahead of all that is settled.
+        """
         ledger, accounts_max = self.ledger, self._bounds.accounts_max
         while len(ledger.accounts) + wanted > accounts_max:
-            ledger.evict(self.durable.sequence, max(accounts_max - wanted - accounts_max // 20, 0))
-            if len(ledger.accounts) + wanted > accounts_max and ledger.accounts:
-                await self.pipeline.drained()
-                await asyncio.sleep(WAIT_S)
-            else:
-                break
+            ledger.evict(self.durable.sequence, max(accounts_max - wanted - accounts_max // 20, 0), needed)
+            fits = len(ledger.accounts) + wanted <= accounts_max
+            if fits or self.durable.sequence >= ledger.sequence or ledger.accounts.keys() <= needed:
+                return
+            await self.pipeline.drained()
+            await asyncio.sleep(WAIT_S)
 
     async def tick(self) -> None:
         """Read decisions, save positions, move `durable`. Raises StartOver or Halt; skipped while unreachable."""
@@ -188,14 +191,6 @@ class Life:
         if self._store.outages != self._outages:
             raise StartOver("a database node was away and is back")
         fresh = known[self.agreed.decisions_read :]
-        for entry in fresh:
-            if entry.kind in ("gap", "reject") and entry.first_sequence <= self.pipeline.submitted:
-                reason = (
-                    f"decision {entry.number} ({entry.kind} {entry.first_sequence}…{entry.last_sequence}) names what"
-                    f" was already submitted, up to {self.pipeline.submitted}"
-                )
-                step = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
-                raise Halt("DECISION_CONFLICT", entry.first_sequence, reason, step)
         if fresh:
             raise StartOver(f"{len(fresh)} new decision(s): {', '.join(entry.kind for entry in fresh)}")
 
@@ -249,8 +244,11 @@ class Settler:
         self._now_us = now_us
         self._stopping = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
+        self._agreed: Agreed | None = None
+        self._submitted = 0
         self._hole_since: tuple[int, float] | None = None
         self._session = 0
+        self._said_before: dict[str, Any] = {}
         self._tape_id = 0
         self._foreign_to = 0
         self._compared: set[int] = set()
@@ -268,6 +266,10 @@ class Settler:
         """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
         if self._ack_log_path is not None:
             self._ack_log = self._ack_log_path.open("ab", buffering=0)  # a kill loses no line
+        self._said_before = read_settled(self._tape_path) or {}
+        if self._said_before.get("stream") == self._stream:  # so that a kill right after the next line forgets nothing
+            self._tape_id = self._said_before.get("tape_id", 0)
+            self._foreign_to = self._said_before.get("foreign_to", 0)
         self._say()
         try:
             await self._open_store()
@@ -316,6 +318,7 @@ class Settler:
             agreed = await self._agree(reader)
             if agreed is None:
                 return
+            self._check_decisions(agreed)
             await self.store.ready_for(agreed.symbols.symbols)
             state = (await self.store.load_state(self._stream)).get("durable")
             start = state or before(agreed.first_sequence, agreed.base_us)
@@ -420,9 +423,15 @@ class Settler:
 
     async def _record_gap(self, first: int, last: int) -> None:
         reason = f"on_gap = record: stood for {self._gap_after_s} s, nobody serves the past"
-        await decision_log.accept_gap(
-            self.store, self._stream, first, last, present=[], reason=reason, now_us=self._now_us()
-        )
+        try:
+            await decision_log.accept_gap(
+                self.store, self._stream, first, last, present=[], reason=reason, now_us=self._now_us()
+            )
+        except DecisionRefusedError as refused:  # another host has settled them: they exist
+            step = f"bring sequences {first} to {last} from the tape of the host that has settled them"
+            self._halt(Halt("GAP", first, f"sequences {first} to {last} never reached this tape; {refused}", step))
+            self._hole_since = None  # and ask again
+            return
         log.error("gap_recorded", extra={"first": first, "last": last})
         raise StartOver(f"gap {first}…{last} recorded")
 
@@ -441,6 +450,10 @@ class Settler:
             except OutcomeUnknownError as unknown:
                 self._stand("waiting")
                 log.warning("store_unreachable", extra={"error": str(unknown)})
+                await self._stopped_within(self._bounds.retry_backoff_max_s)
+            except StoreRefusedError as refused:
+                step = "make the database accept it (schema, rights): it is tried again"
+                self._halt(Halt("STORE_REFUSED", self._next_sequence(), str(refused), step))
                 await self._stopped_within(self._bounds.retry_backoff_max_s)
             else:
                 return
@@ -480,9 +493,23 @@ class Settler:
             log.warning("configuration_differs", extra={"warning": warning})
         return agreed
 
+    def _check_decisions(self, agreed: Agreed) -> None:
+        """Halt at a new decision about what an earlier life has submitted, whatever ended that life."""
+        read, self._agreed = self._agreed, agreed
+        if read is None:
+            return
+        for kind, first, last in (*(("gap", *gap) for gap in agreed.gaps), *(("reject", n, n) for n in agreed.rejects)):
+            new = first
+            while (gap := read.gap_at_or_after(new)) is not None and gap[0] <= new:
+                new = gap[1] + 1
+            if new <= min(last, self._submitted) and new not in read.rejects:
+                reason = f"a {kind} of {first} to {last} was decided when up to {self._submitted} was submitted already"
+                step = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
+                raise Halt("DECISION_CONFLICT", new, reason, step)
+
     def _unclaimed_session(self, reader: TapeReader) -> tuple[int, int | None] | None:
         """Give the oldest session of the tape that no earlier stream has settled from it."""
-        said = read_settled(self._tape_path) or {}
+        said = self._said_before
         claimed = said.get("session", 0) if said.get("stream") != self._stream else 0
         return next(((row.session, row.engine_session) for row in reader.sessions() if row.session > claimed), None)
 
@@ -490,11 +517,12 @@ class Settler:
 
     def _know_tape(self, reader: TapeReader, agreed: Agreed, start: State) -> None:
         """Find out up to where the stream was settled from another tape than this one."""
-        said = read_settled(self._tape_path) or {}
+        said = self._said_before
         self._tape_id = reader.tape_id
         own = said.get("tape_id") == self._tape_id and said.get("stream") == self._stream
         foreign_to = said.get("foreign_to", 0) if own else start.sequence
         self._foreign_to = foreign_to if foreign_to >= agreed.first_sequence else 0
+        self._said_before = self.said()
 
     async def _compare_foreign(self, agreed: Agreed, reader: TapeReader) -> None:
         """Compare what this tape holds of that part with the store's rows: other content is another session."""
@@ -529,7 +557,8 @@ class Settler:
             row = next((row for row in rows if row["stream"] == self._stream), None)
         if row is None:
             return False
-        said = {key: value for key, value in event._asdict().items() if key not in _NOT_IN_ROWS}
+        not_in_row = _NOT_IN_ROWS if isinstance(event, Trade) else {*_NOT_IN_ROWS, "ts_us"}
+        said = {key: value for key, value in event._asdict().items() if key not in not_in_row}
         return all(row.get(other_names.get(key, key)) == value for key, value in said.items() if value is not None)
 
     # --- how it stands: told to the recorder and to `status` ---
@@ -578,6 +607,7 @@ class Settler:
         return True
 
     def _note_submit(self, batch: Batch) -> None:
+        self._submitted = max(self._submitted, batch.last_sequence)
         if self._ack_log is not None:
             self._ack_log.write(b"# submitted %d %d\n" % (batch.first_sequence, batch.last_sequence))
 

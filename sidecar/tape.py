@@ -734,9 +734,9 @@ def _connect_writer(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         found, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
         if (found, version) == (0, 0) and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            db.executescript(
-                f"BEGIN; {_TABLES} INSERT INTO meta VALUES ('tape_id', {secrets.randbits(62)}); PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
-            )
+            tape_id = f"INSERT INTO meta VALUES ('tape_id', {secrets.randbits(62)});"  # noqa: S608 - a number
+            marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT};"
+            db.executescript(f"BEGIN; {_TABLES} {tape_id} {marks} COMMIT;")
         elif found != APPLICATION_ID or version != FORMAT:
             db.close()
             raise TapeError(

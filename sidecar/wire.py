@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping
-from operator import itemgetter
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgpack
+import msgspec
+from msgspec.structs import astuple
 
 from sidecar.errors import MalformedFrameError
 from sidecar.events import I63_MAX, Event, Heartbeat, LedgerEvent, Refused, Trade
@@ -73,11 +74,50 @@ _KNOWN: Final = frozenset(
     | {field.name for field in (*_TRADE, *_LEDGER)}
     | {field.alias for field in (*_TRADE, *_LEDGER) if field.alias}
 )
-_required_of_trade = itemgetter(*(field.name for field in _TRADE if field.required))
-_TRADE_REQUIRED_KEYS: Final = sum(field.required for field in _TRADE) + 1  # and output_sequence
-_INTEGERS: Final = {int}  # type(True) is bool: a bool in an integer's place is a fault
-_SCALARS: Final = frozenset({int, bool, float, str, bytes, type(None)})
+# The common case in one pass of C: a trade whose every key is right. Its fields stand in the order of events.Trade; the
+# three at the end must not be there (their range is empty). What it refuses is looked at key by key, to name the fault.
+# 1.5 us a trade; unpacking with msgpack and checking types and ranges in Python was 6.1 us.
+_Positive = Annotated[int, msgspec.Meta(ge=1, le=I63_MAX)]
+_I63 = Annotated[int, msgspec.Meta(ge=0, le=I63_MAX)]
+_AssetId = Annotated[int, msgspec.Meta(ge=0, le=ASSET_MAX)]
+_Stamp = Annotated[int, msgspec.Meta(ge=0, le=TS_US_MAX)]
+_Never = Annotated[int, msgspec.Meta(ge=1, le=0)]
 
+
+class _TradeFrame(msgspec.Struct, kw_only=True, gc=False):
+    output_sequence: _Positive
+    trade_id: _Positive
+    match_seq: _I63
+    buy_order_id: _I63
+    sell_order_id: _I63
+    buyer_user_id: _I63
+    seller_user_id: _I63
+    base_asset: _AssetId
+    quote_asset: _AssetId
+    price: _I63
+    quantity: _I63
+    quote_amount: _I63 = None  # type: ignore[assignment]  # absent; nil on the wire is refused, unlike `| None`
+    buyer_fee: _I63 = None  # type: ignore[assignment]
+    seller_fee: _I63 = None  # type: ignore[assignment]
+    buyer_refund: _I63
+    seller_refund: _I63
+    buyer_quote_version: _I63
+    buyer_base_version: _I63
+    seller_base_version: _I63
+    seller_quote_version: _I63
+    settled_at: _I63
+    ts_us: _Stamp = None  # type: ignore[assignment]
+    session: _I63 = None  # type: ignore[assignment]
+    event_type: _Never = None  # type: ignore[assignment]
+    base_asset_id: _Never = None  # type: ignore[assignment]
+    quote_asset_id: _Never = None  # type: ignore[assignment]
+
+
+_sound_trade = msgspec.msgpack.Decoder(_TradeFrame).decode
+_TRADE_FIELDS: Final = len(Trade._fields) - 1  # and the payload
+assert _TradeFrame.__struct_fields__[:_TRADE_FIELDS] == Trade._fields[:-1]
+
+_SCALARS: Final = frozenset({int, bool, float, str, bytes, type(None)})
 _show = reprlib.Repr()
 _show.maxlevel, _show.maxstring, _show.maxother, _show.maxlong, _show.maxdict, _show.maxtuple = 2, 80, 80, 80, 3, 3
 
@@ -87,6 +127,11 @@ def decode(payload: bytes) -> Event | Heartbeat:
 
     Raises MalformedFrameError when it is not one msgpack map or has no usable `output_sequence` (and is no heartbeat).
     """
+    if len(payload) <= PAYLOAD_BYTES_MAX:
+        try:
+            return Trade._make((*astuple(_sound_trade(payload))[:_TRADE_FIELDS], payload))
+        except (msgspec.MsgspecError, RecursionError):
+            pass
     fields = _unpack(payload)
     sequence = fields.get("output_sequence")
     if type(sequence) is not int or not 0 < sequence <= I63_MAX:
@@ -191,28 +236,7 @@ def _session(fields: dict[Any, Any]) -> int | None:
 
 
 def _trade(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
-    try:
-        values: Any = _required_of_trade(fields)
-    except KeyError:  # something is missing, or goes by its other name
-        return _looked_at(fields, sequence, payload)
-    if set(map(type, values)) != _INTEGERS or min(values) < 0 or max(values) > I63_MAX:
-        return _looked_at(fields, sequence, payload)
-    if values[0] == 0 or values[6] > ASSET_MAX or values[7] > ASSET_MAX:
-        return _looked_at(fields, sequence, payload)
-    if len(fields) == _TRADE_REQUIRED_KEYS:
-        return Trade(sequence, *values[:10], None, None, None, *values[10:], None, None, payload)  # type: ignore[call-arg]
-    get = fields.get
-    optional = get("quote_amount", 0), get("buyer_fee", 0), get("seller_fee", 0), get("ts_us", 0), get("session", 0)
-    if set(map(type, optional)) != _INTEGERS or min(optional) < 0 or max(optional) > I63_MAX:
-        return _looked_at(fields, sequence, payload)
-    if optional[3] > TS_US_MAX or "base_asset_id" in fields or "quote_asset_id" in fields:
-        return _looked_at(fields, sequence, payload)
-    amounts = get("quote_amount"), get("buyer_fee"), get("seller_fee")
-    return Trade(sequence, *values[:10], *amounts, *values[10:], get("ts_us"), get("session"), payload)  # type: ignore[call-arg]
-
-
-def _looked_at(fields: dict[Any, Any], sequence: int, payload: bytes) -> Event:
-    """Validate a trade field by field: it has an alias, or a fault that wants a name."""
+    """Validate a trade field by field: it has an alias, a key of an unusual form, or a fault that wants a name."""
     fault = _fault(fields, _TRADE)
     if fault:
         return Refused(sequence, "BAD_FIELD", fault, _session(fields), payload)

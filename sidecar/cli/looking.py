@@ -269,7 +269,15 @@ def trade(given: argparse.Namespace) -> int:
 def schema_apply(given: argparse.Namespace) -> int:
     """Create missing tables."""
     config = load(given)
-    created = with_store(config, lambda store: store.apply_schema(config.symbols))
+
+    async def apply() -> list[str]:
+        store = open_store(config)
+        try:
+            return await store.apply_schema(config.symbols)  # not opened: there may be nothing to open yet
+        finally:
+            await store.close()
+
+    created = asyncio.run(apply())
     _print(given, {"created": created}, "\n".join(f"created {name}" for name in created) or "every table is there")
     return 0
 

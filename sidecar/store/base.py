@@ -60,6 +60,7 @@ class Store(ABC):
     async def apply_schema(self, symbols: Iterable[str]) -> list[str]:
         """Create what is missing, check what is there; give the names of the tables created.
 
+        Needs no `open` before it: there may be nothing to open yet.
         Raises StoreRefusedError, with the next step, when an existing table has other keys or types.
         """
 

@@ -143,6 +143,8 @@ class SQLiteStore(Store):
 
     async def apply_schema(self, symbols: Iterable[str]) -> list[str]:
         """Create missing tables, check the columns of those that are there."""
+        if not hasattr(self, "_db"):
+            await self.open()
         return await self._write(self._apply_schema, sorted(symbols))
 
     def _apply_schema(self, symbols: list[str]) -> list[str]:

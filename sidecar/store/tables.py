@@ -15,7 +15,7 @@ without grace is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -269,6 +269,11 @@ def _forbidden(options: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
         yield "read_repair = 'NONE'", "'BLOCKING'", "read_repair = 'BLOCKING'"
 
 
+def _key(partition: tuple[str, ...], clustering: tuple[str, ...], descending: Collection[str]) -> str:
+    rows = [f"{column} DESC" if column in descending else column for column in clustering]
+    return f"(({', '.join(partition)}), {', '.join(rows)})"
+
+
 def faults(
     table: Table,
     *,
@@ -278,7 +283,8 @@ def faults(
 ) -> list[str]:
     """Compare a table that is there with what it must be: name what is, what is allowed, and the next step.
 
-    `columns` as system_schema.columns has them: name to (type, kind, position, clustering_order). Further columns are let be.
+    `columns` as system_schema.columns has them: name to (type, kind, position, clustering_order). A column more than
+    needed is let be.
     """
     found: list[str] = []
     name = f"{keyspace}.{table.name}"
@@ -292,17 +298,17 @@ def faults(
                 f"{name}.{column} is {columns[column][0]}, {kind} is needed; a type can't be altered: move this table"
                 " away, or name another store.cassandra.keyspace"
             )
-    key = tuple(
-        tuple(sorted((column for column in columns if columns[column][1] == part), key=lambda column: columns[column][2]))
+    by_position = sorted(columns, key=lambda column: columns[column][2])
+    partition, clustering = (
+        tuple(column for column in by_position if columns[column][1] == part)
         for part in ("partition_key", "clustering")
     )
-    order = {column for column in key[1] if columns[column][3].lower() == "desc"}
-    if key != (table.partition, table.clustering) or order != table.descending:
+    descending = {column for column in clustering if columns[column][3].lower() == "desc"}
+    has, needed = _key(partition, clustering, descending), _key(table.partition, table.clustering, table.descending)
+    if has != needed:
         found.append(
-            f"{name} has the key (({', '.join(key[0])}), {', '.join(key[1])}; descending: {', '.join(sorted(order)) or '-'}),"
-            f" (({', '.join(table.partition)}), {', '.join(table.clustering)};"
-            f" descending: {', '.join(sorted(table.descending)) or '-'}) is needed; a key can't be altered: move this"
-            " table away, or name another store.cassandra.keyspace"
+            f"{name} has the key {has}, {needed} is needed; a key can't be altered: move this table away, or name"
+            " another store.cassandra.keyspace"
         )
     for what, allowed, change in _forbidden(options):
         found.append(f"{name} has {what}, {allowed} is allowed; run: ALTER TABLE {name} WITH {change};")

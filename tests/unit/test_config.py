@@ -52,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "engine": {
         "endpoint": "tcp://127.0.0.1:5557",
         "topic": "settlement",
-        "receive_hwm_frames": 1_000_000,
+        "receive_hwm_frames": 500_000,
         "receive_buffer_bytes": 8_388_608,
         "frame_bytes_max": 1_048_576,
     },
@@ -62,7 +62,7 @@ DEFAULTS: dict[str, Any] = {
         "size_bytes_max": 10_737_418_240,
         "retention_s": 3600.0,
         "turn_frames_max": 2_000,
-        "memory_events_max": 100_000,
+        "memory_events_max": 20_000,
         "malformed_kept_max": 10_000,
     },
     "store": {

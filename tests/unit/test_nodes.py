@@ -1,0 +1,222 @@
+"""What counts as an outage, with a cluster of words: nodes that go, come, keep silent, or are new."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cassandra")
+
+from cassandra.policies import HostDistance
+
+from sidecar.errors import OutcomeUnknownError
+from sidecar.store.nodes import Nodes
+
+
+class Host:
+    def __init__(self, name: str, distance: int) -> None:
+        self.name = self.endpoint = name
+        self.distance = distance
+        self.is_up = True
+        self.is_reconnecting = False
+
+    def is_currently_reconnecting(self) -> bool:
+        return self.is_reconnecting
+
+
+class Cluster:
+    """Nodes by name, each with a connection and a generation; `silent` ones don't answer."""
+
+    def __init__(self, *names: str) -> None:
+        self.hosts: dict[str, Host] = {}
+        self.pools: dict[str, Any] = {}
+        self.generations: dict[str, int] = {}
+        self.silent: set[str] = set()
+        self.revived: list[str] = []
+        self.metadata = SimpleNamespace(all_hosts=lambda: list(self.hosts.values()))
+        self.profile_manager = SimpleNamespace(distance=lambda host: host.distance)
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str, distance: int = HostDistance.LOCAL) -> None:
+        self.hosts[name] = Host(name, distance)
+        self.generations[name] = 100
+        self.connect(name)
+
+    def connect(self, name: str) -> None:
+        connection = SimpleNamespace(is_closed=False, is_defunct=False)
+        self.pools[name] = SimpleNamespace(
+            host=self.hosts[name], open_count=1, get_connections=lambda: [connection], connection=connection
+        )
+
+    def lose(self, name: str) -> None:
+        self.pools[name].connection.is_closed = True
+        self.pools[name].open_count = 0
+
+    def get_pools(self) -> list[Any]:
+        return list(self.pools.values())
+
+    def update_created_pools(self) -> None:
+        self.revived.append("pools")
+
+    def on_up(self, host: Any) -> None:
+        self.revived.append(host.name)
+
+    def register_listener(self, listener: Any) -> None:
+        self.listener = listener
+
+    def unregister_listener(self, _listener: Any) -> None: ...
+
+
+class Watched:
+    def __init__(self, cluster: Cluster) -> None:
+        self.outages = 0
+
+        def count() -> None:
+            self.outages += 1
+
+        async def ask(host: Any, _timeout_s: float) -> list[tuple[Any, ...]]:
+            if host.name in cluster.silent:
+                raise OutcomeUnknownError("silent")
+            return [(cluster.generations[host.name],)]
+
+        async def in_thread(work: Any) -> Any:
+            return work()
+
+        self.nodes = Nodes(cluster=cluster, session=cluster, ask=ask, in_thread=in_thread, count=count)
+
+    async def look(self) -> tuple[int, bool]:
+        """Look once; give the outages so far, and whether all stand."""
+        await self.nodes.look()
+        return self.outages, self.nodes.steady_since is not None
+
+
+def test_a_first_connect_is_no_outage() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a", "b", "c")
+        watched = Watched(cluster)
+        assert watched.nodes.steady_since is None
+        assert await watched.look() == (0, True)
+        since = watched.nodes.steady_since
+        assert await watched.look() == (0, True)
+        assert watched.nodes.steady_since == since
+
+    asyncio.run(ask())
+
+
+def test_away_freezes_and_back_counts() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a", "b", "c")
+        watched = Watched(cluster)
+        await watched.look()
+        since = watched.nodes.steady_since
+        cluster.lose("b")
+        assert await watched.look() == (0, False)
+        assert await watched.look() == (0, False)
+        cluster.connect("b")
+        assert await watched.look() == (1, True)
+        assert (watched.nodes.steady_since or 0) > (since or 0)
+        assert await watched.look() == (1, True)
+
+    asyncio.run(ask())
+
+
+def test_a_restart_between_two_looks_counts() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a", "b")
+        watched = Watched(cluster)
+        await watched.look()
+        cluster.connect("b")  # another connection, and nobody saw the old one close
+        assert await watched.look() == (1, True)
+        cluster.generations["a"] += 1  # not even the connection changed
+        assert await watched.look() == (2, True)
+
+    asyncio.run(ask())
+
+
+def test_silence_freezes_and_does_not_count_when_the_node_is_the_same() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a", "b")
+        watched = Watched(cluster)
+        await watched.look()
+        cluster.silent = {"a"}
+        assert await watched.look() == (0, False)
+        cluster.silent = set()
+        assert await watched.look() == (0, True)
+        cluster.silent = {"a"}
+        await watched.look()
+        cluster.silent = set()
+        cluster.generations["a"] += 1
+        assert await watched.look() == (1, True)
+
+    asyncio.run(ask())
+
+
+def test_a_node_away_at_the_first_connect_counts_when_it_comes() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a", "b")
+        cluster.lose("b")
+        watched = Watched(cluster)
+        assert await watched.look() == (0, False)
+        cluster.connect("b")
+        assert await watched.look() == (1, True)
+
+    asyncio.run(ask())
+
+
+def test_new_nodes_and_nodes_gone_count_those_elsewhere_do_not() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a")
+        cluster.add("far", HostDistance.REMOTE)
+        cluster.lose("far")
+        watched = Watched(cluster)
+        assert await watched.look() == (0, True)
+        cluster.add("b")
+        assert await watched.look() == (1, True)
+        del cluster.hosts["b"], cluster.pools["b"]
+        assert await watched.look() == (2, True)
+        cluster.connect("far")
+        assert await watched.look() == (2, True)
+
+    asyncio.run(ask())
+
+
+def test_a_connection_that_closes_unsettles_at_once() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a")
+        watched = Watched(cluster)
+        await watched.look()
+        cluster.listener.on_down(cluster.hosts["a"])  # from a thread of the driver's
+        await asyncio.sleep(0)
+        assert watched.nodes.steady_since is None
+        assert await watched.look() == (0, True)
+        watched.nodes.close()
+        cluster.listener.on_down(cluster.hosts["a"])  # closed by us
+        await asyncio.sleep(0)
+        assert watched.nodes.steady_since is not None
+
+    asyncio.run(ask())
+
+
+def test_where_the_driver_gave_up_it_is_told_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.store.nodes.REVIVE_AFTER_S", 0.0)
+
+    async def ask() -> None:
+        cluster = Cluster("a", "b")
+        watched = Watched(cluster)
+        await watched.look()
+        cluster.lose("b")
+        await watched.look()
+        cluster.hosts["b"].is_up = False
+        await watched.look()
+        await asyncio.sleep(0.01)
+        assert cluster.revived == ["pools", "b"]
+        cluster.hosts["b"].is_reconnecting = True
+        await watched.look()
+        await asyncio.sleep(0.01)
+        assert len(cluster.revived) == 2
+
+    asyncio.run(ask())
