@@ -48,6 +48,8 @@ class Recorder:
         """
         self.tape = tape
         self.heard_at_us = 0
+        self.other_topics_total = 0
+        self._topic = topic.encode()
         self._pending_max = turn_frames_max * PENDING_TURNS_MAX
         self._frame_bytes_max = frame_bytes_max
         self._retention_s = retention_s
@@ -125,6 +127,9 @@ class Recorder:
         self.heard_at_us = self._now_us()
         malformed_frames, reason = 0, ""
         for frames in turn:
+            if frames[0] != self._topic and frames[0].startswith(self._topic):
+                self.other_topics_total += 1  # SUB matches by prefix: `settlement` hears `settlement_test`, too
+                continue
             try:
                 event = self._decoded(frames)
             except MalformedFrameError as malformed:

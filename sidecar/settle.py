@@ -198,6 +198,8 @@ class Life:
         """Give the newest position acknowledged at least `durable_after_s` ago, if all nodes stood since then."""
         since = self._store.steady_since
         settled_by = now - self._bounds.durable_after_s
+        if since is None:
+            self._checkpoints.clear()  # what was acknowledged before the node is back counts from then on
         if since is None or since > settled_by:
             return None
         durable = None
@@ -281,6 +283,9 @@ class Settler:
                 except* StartOver as over:
                     log.info("start_over", extra={"life": self.lives, "reason": _first(over)})
                 except* BatchTooLargeError as too_large:
+                    if self._batch_trades_max == 1:
+                        step = "raise the server's batch_size_fail_threshold, then restart the sidecar"
+                        halted = Halt("STORE_REFUSED", self._next_sequence(), _first(too_large), step)
                     self._batch_trades_max = max(self._batch_trades_max // 2, 1)
                     log.warning(
                         "start_over",
@@ -351,8 +356,8 @@ class Settler:
             async with asyncio.timeout(None) as self._limit:
                 try:
                     await self._settle(life, reader)
-                except Halt as halt:
-                    self._halt(halt)
+                except (Halt, TapeDamagedError) as why:
+                    self._halt(why if isinstance(why, Halt) else _damaged(why, life))
                     await self._stopping.wait()  # a new decision ends this life: see Life.tick
                 await life.pipeline.drained()
                 await life.save_acked()
@@ -383,11 +388,7 @@ class Settler:
                 position = gap[1]
                 continue
             events_max = min(BURST_EVENTS_MAX, gap[0] - position - 1) if gap else BURST_EVENTS_MAX
-            try:
-                burst = reader.read(agreed.session, position, events_max)
-            except TapeDamagedError as damaged:
-                step = "restore the tape from a copy or another host, or accept the sequence as a gap"
-                raise Halt("TAPE_DAMAGED", damaged.sequence, str(damaged), step) from damaged
+            burst = reader.read(agreed.session, position, events_max)
             if burst:
                 self._stand("running")
                 yield burst
@@ -650,6 +651,11 @@ async def until_known(ask: Callable[[], Awaitable[T]], bounds: Bounds) -> T:
             log.warning("store_unreachable", extra={"error": str(unknown)})
         await asyncio.sleep(backoff_s)
         backoff_s = min(backoff_s * 2, bounds.retry_backoff_max_s)
+
+
+def _damaged(damaged: TapeDamagedError, life: Life) -> Halt:
+    step = "restore the tape from a copy, or begin a new one that another host or an archive fills"
+    return Halt("TAPE_DAMAGED", damaged.sequence or life.ledger.sequence + 1, str(damaged), step)
 
 
 def _innermost(group: BaseExceptionGroup[Any]) -> Any:

@@ -505,12 +505,18 @@ class TapeReader:
         self._db.close()
 
     def sessions(self) -> list[Session]:
-        """Give all sessions, oldest first."""
-        return _sessions(self._db)
+        """Give all sessions, oldest first. Raises TapeDamagedError when they can't be read."""
+        try:
+            return _sessions(self._db)
+        except sqlite3.DatabaseError as error:
+            raise TapeDamagedError(0, 0, f"the sessions can't be read: {error}") from error
 
     def runs(self, session: int) -> Runs:
-        """Give what is there of a session."""
-        return _load_runs(self._db, session)
+        """Give what is there of a session. Raises TapeDamagedError when that can't be read."""
+        try:
+            return _load_runs(self._db, session)
+        except sqlite3.DatabaseError as error:
+            raise TapeDamagedError(session, 0, f"which sequences are there can't be read: {error}") from error
 
     @property
     def tape_id(self) -> int:

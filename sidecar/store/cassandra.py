@@ -457,6 +457,8 @@ class CassandraStore(Store):
         connected = self._connected
         if connected is None or connected.nodes is None or connected.watching is None:
             return None
+        if connected.watching.cancelled():
+            return None
         if connected.watching.done():
             connected.watching.result()  # a bug in there must not look like steady nodes
         return connected.nodes.steady_since
@@ -516,18 +518,18 @@ class CassandraStore(Store):
         """Give a statement's prepared form; it is prepared when it is first used."""
         connected = self._here()
         prepared = connected.statements.get(text)
-        if prepared is None:
-            async with self._preparing:
+        if prepared is not None:
+            return prepared
+        try:
+            async with asyncio.timeout(self._timeout_s), self._preparing:
                 if (prepared := connected.statements.get(text)) is None:
-                    try:
-                        async with asyncio.timeout(self._timeout_s):
-                            prepared = await _in_thread(lambda: connected.session.prepare(text))
-                    except TimeoutError as error:
-                        raise OutcomeUnknownError(f"{text}: not prepared within {self._timeout_s} s") from error
-                    except Exception as error:
-                        raise classified(error, self.unknown_errors) from error
+                    prepared = await _in_thread(lambda: connected.session.prepare(text))
                     connected.statements[text] = prepared
-        return prepared
+                return prepared
+        except TimeoutError as error:
+            raise OutcomeUnknownError(f"{text}: not prepared within {self._timeout_s} s") from error
+        except Exception as error:
+            raise classified(error, self.unknown_errors) from error
 
     async def _select(
         self, text: str, values: Sequence[Any], *, consistency: int | None = None
@@ -566,7 +568,8 @@ class CassandraStore(Store):
         """Create the keyspace and the tables that are missing; what is there is checked first."""
         await self._connect()
         wanted = tables.tables(symbols)
-        await self._define(tables.keyspace_statement(self._keyspace, self._replication_factor))
+        if not await self._has_keyspace():  # asked first: a role may lack the right to create one that is there
+            await self._define(tables.keyspace_statement(self._keyspace, self._replication_factor))
         missing = await self._missing(wanted)
         for table in missing:
             await self._define(table.statement(self._keyspace))
@@ -590,12 +593,11 @@ class CassandraStore(Store):
 
     async def _missing(self, wanted: Iterable[tables.Table]) -> list[tables.Table]:
         """Name the tables that are not there. Raises StoreRefusedError about those that are there and wrong."""
-        of_keyspace = "FROM system_schema.{} WHERE keyspace_name = %s"
-        if not await self._system("SELECT keyspace_name " + of_keyspace.format("keyspaces")):
+        if not await self._has_keyspace():
             raise StoreRefusedError(f"there is no keyspace {self._keyspace} in {self._where()}; {_APPLY}")
-        options = {row["table_name"]: row for row in await self._system("SELECT * " + of_keyspace.format("tables"))}
+        options = {row["table_name"]: row for row in await self._system("tables")}
         columns: dict[str, dict[str, tuple[str, str, int, str]]] = {}
-        for row in await self._system("SELECT * " + of_keyspace.format("columns")):
+        for row in await self._system("columns"):
             columns.setdefault(row["table_name"], {})[row["column_name"]] = (
                 row["type"], row["kind"], row["position"], row["clustering_order"],
             )  # fmt: skip
@@ -611,21 +613,24 @@ class CassandraStore(Store):
             raise StoreRefusedError(" ".join(wrong))
         return missing
 
-    async def _system(self, query: str) -> list[dict[str, Any]]:
-        """Read a table of the system's, as dictionaries: its columns differ from one database to the other."""
+    async def _has_keyspace(self) -> bool:
+        return bool(await self._system("keyspaces"))
+
+    async def _system(self, table: str) -> list[dict[str, Any]]:
+        """Read what system_schema says of the keyspace, by name: the columns differ from one database to the other."""
         session = self._here().session
-        found: list[dict[str, Any]] = []
+        statement = SimpleStatement(
+            f"SELECT * FROM system_schema.{table} WHERE keyspace_name = %s", consistency_level=ConsistencyLevel.ONE
+        )
 
         def ask() -> list[dict[str, Any]]:
-            statement = SimpleStatement(query, consistency_level=ConsistencyLevel.ONE)
             result = session.execute(statement, (self._keyspace,), timeout=self._timeout_s)
             return [dict(zip(result.column_names, row, strict=True)) for row in result]
 
         try:
-            found = await _in_thread(ask)
+            return await _in_thread(ask)
         except Exception as error:
             raise classified(error, self.unknown_errors) from error
-        return found
 
     # --- the way of a trade ---
 

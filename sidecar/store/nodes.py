@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from cassandra.policies import HostDistance, HostStateListener
 
-from sidecar.errors import StoreError
+from sidecar.errors import StoreError, StoreRefusedError
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +134,11 @@ class Nodes:
             return None, None
         try:
             rows = await self._ask(host, ANSWER_S)
+        except StoreRefusedError:  # it answers, but this database keeps no such count
+            return connection, 0
         except StoreError:
             return None, None
-        return connection, int(rows[0][0] or 0)
+        return connection, int(rows[0][0] or 0) if rows else 0
 
     def _pools(self, host: Any) -> list[Any]:
         return [pool for pool in tuple(self._session.get_pools()) if pool.host == host]

@@ -478,6 +478,8 @@ def test_t_is_what_its_formula_says_for_every_prefix(
 def test_a_raised_base_raises_t_from_a_state_on() -> None:
     ledger = a_ledger(first=1, base_us=50_000, state=State(4, 1_004, {}))
     assert fold(ledger, trade(5)).stamp_us == 50_004
+    ledger = a_ledger(first=1, base_us=50_000, state=State(4, 1_004, {}))
+    assert ledger.pass_over(7).stamp_us == 50_006
 
 
 # --- rows that are ahead ---

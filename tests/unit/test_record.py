@@ -236,3 +236,20 @@ def test_frames_that_repeat_while_they_wait_and_after_they_are_committed_are_cou
         assert recorder.tape.duplicates_total == 600
 
     tell(tmp_path / "tape.db", story)
+
+
+def test_a_longer_topic_with_the_same_beginning_is_not_ours(tmp_path: Path) -> None:
+    """SUB matches by prefix: `settlement` hears `settlement_test`, too."""
+
+    async def story() -> None:
+        tape = Tape(tmp_path / "tape.db", size_bytes_max=10**9)
+        recorder = Recorder(
+            tape=tape, endpoint="tcp://127.0.0.1:1", topic="settlement", turn_frames_max=10, receive_hwm_frames=10,
+            receive_buffer_bytes=65_536, frame_bytes_max=65_536, retention_s=60,
+        )  # fmt: skip
+        recorder._take_turn([[b"settlement_test", b"\x80"], [b"settlement", b"\x80"]])
+        assert recorder.other_topics_total == 1
+        assert tape.malformed_total == 1
+        tape.close()
+
+    asyncio.run(story())
