@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:  # imported where it is used: only those who want a node need its file
     from tests.cassandra_node import Node
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # imported where it is used: only those who want a node need 
 
 HYPOTHESIS_SEED = "hypothesis_seed"  # the plugin's option, --hypothesis-seed
 
-settings.register_profile("house", deadline=None, print_blob=True)
+# Timing decides no test: neither a deadline nor a slow machine is a failure.
+settings.register_profile("house", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", parent=settings.get_profile("house"), max_examples=2_000)
 
 _missing_tools = pytest.StashKey[str | None]()
