@@ -18,11 +18,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from sidecar import decisions as decision_log
-from sidecar.batch import PAYLOAD_KEPT_BYTES_MAX, Batch
+from sidecar.batch import Batch
 from sidecar.decisions import Agreed, DecisionRefusedError
 from sidecar.errors import (
     BatchTooLargeError,
@@ -33,7 +34,8 @@ from sidecar.errors import (
     TapeDamagedError,
     TapeMissingError,
 )
-from sidecar.events import EMPTY_ACCOUNT, AccountKey, Event, LedgerEvent, State, Trade
+from sidecar.events import EMPTY_ACCOUNT, AccountKey, Event, State
+from sidecar.foreign import SESSION_STEP, ForeignPart
 from sidecar.ledger import Ledger, before
 from sidecar.pipeline import Pipeline
 from sidecar.store.base import Store
@@ -46,12 +48,6 @@ BURST_EVENTS_MAX: Final = 512  # read from the tape, and folded, without giving 
 TICK_S: Final = 1.0  # decisions are read, positions are saved
 WAIT_S: Final = 0.1  # for the tape to move, before signals and the pause file are looked at again
 ACCOUNTS_READ_MAX: Final = 2_000  # in one question to the store
-FOREIGN_EVENTS_MAX: Final = 64  # compared with the store's rows before each burst, on a tape that did not settle them
-
-_SESSION_STEP: Final = (
-    "look with `sidecar tape info`; an engine that began anew is a new stream: set another stream.name"
-)
-_NOT_IN_ROWS: Final = frozenset({"quote_amount", "session", "payload"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +260,7 @@ class Settler:
         self._said_before: dict[str, Any] = {}
         self._tape_id = 0
         self._foreign_to = 0
-        self._compared: set[int] = set()
+        self._foreign: ForeignPart | None = None
         self._ack_log: IO[bytes] | None = None
         self._ack_log_path = ack_log
         self._tick_s = min(TICK_S, bounds.durable_after_s / 2)
@@ -394,8 +390,8 @@ class Settler:
             if life.is_out_of_touch:
                 await self._stopped_within(WAIT_S)
                 continue
-            if self._foreign_to:
-                await self._compare_foreign(agreed, reader)
+            if self._foreign is not None:
+                await until_known(partial(self._foreign.compare, reader), self._bounds)
             gap = agreed.gap_at_or_after(position + 1)
             if gap is not None and gap[0] <= position + 1:
                 await life.pass_over(gap[1])
@@ -431,7 +427,7 @@ class Settler:
                 self._halt(Halt("GAP", first, f"sequences {first} to {last} never reached this tape", step))
         elif look.newer_session is not None:
             reason = f"the engine began anew or contradicted itself: the tape goes on in session {look.newer_session}"
-            self._halt(Halt("SESSION_CHANGED", position + 1, reason, _SESSION_STEP))
+            self._halt(Halt("SESSION_CHANGED", position + 1, reason, SESSION_STEP))
         else:
             self._hole_since = None
             self._stand("running")
@@ -538,43 +534,8 @@ class Settler:
         foreign_to = said.get("foreign_to", 0) if own else start.sequence
         self._foreign_to = foreign_to if foreign_to >= agreed.first_sequence else 0
         self._said_before = self.said()
-
-    async def _compare_foreign(self, agreed: Agreed, reader: TapeReader) -> None:
-        """Compare what this tape holds of that part with the store's rows: other content is another session."""
-        # The newest first: two sessions may begin with the same deposits, they do not go on alike.
-        wanted: list[int] = []
-        for first, last in reversed(reader.runs(agreed.session).list()):
-            for sequence in range(min(last, self._foreign_to), max(first, agreed.first_sequence) - 1, -1):
-                if len(wanted) == FOREIGN_EVENTS_MAX:
-                    break
-                if sequence not in self._compared:
-                    wanted.append(sequence)
-        for sequence in wanted:
-            gap = agreed.gap_at_or_after(sequence)
-            events = [] if gap and gap[0] <= sequence else reader.read(agreed.session, sequence - 1, 1)
-            for event in events:
-                if not await until_known(lambda event=event: self._is_settled(agreed, event), self._bounds):  # type: ignore[misc]
-                    reason = f"sequence {sequence} on this tape is not what stream {self._stream} settled under it"
-                    raise Halt("SESSION_CHANGED", sequence, reason, _SESSION_STEP)
-            self._compared.add(sequence)
-
-    async def _is_settled(self, agreed: Agreed, event: Event) -> bool:
-        rejected = await self.store.get_rejected(self._stream, event.output_sequence)
-        if rejected is not None:
-            return bytes(rejected["payload"]) == event.payload[:PAYLOAD_KEPT_BYTES_MAX]
-        row: dict[str, Any] | None = None
-        other_names = {"asset": "asset_id"}
-        if isinstance(event, LedgerEvent):
-            row = await self.store.get_ledger_event(self._stream, event.output_sequence)
-        elif isinstance(event, Trade):
-            symbol = agreed.symbols.by_pair.get((event.base_asset, event.quote_asset))
-            rows = await self.store.get_trade(symbol.name, event.trade_id) if symbol else []
-            row = next((row for row in rows if row["stream"] == self._stream), None)
-        if row is None:
-            return False
-        not_in_row = _NOT_IN_ROWS if isinstance(event, Trade) else {*_NOT_IN_ROWS, "ts_us"}
-        said = {key: value for key, value in event._asdict().items() if key not in not_in_row}
-        return all(row.get(other_names.get(key, key)) == value for key, value in said.items() if value is not None)
+        if self._foreign_to:
+            self._foreign = ForeignPart(self.store, self._stream, agreed, self._foreign_to)
 
     # --- how it stands: told to the recorder and to `status` ---
 
