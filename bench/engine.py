@@ -1,8 +1,8 @@
 """A stand-in matching engine: publishes recorded or generated events on a ZeroMQ socket, paced, with faults on request.
 
 It shares no code with the sidecar, so that it may feed a test of it. What it has published stands in a journal (JSON
-lines) that `bench/judge.py` folds for itself. Three sources: the recorded session of a real engine, real Binance trades
-with made-up users, and a seeded generator without end.
+lines) that `bench/judge.py` folds for itself. Four sources: the recorded session of a real engine, real Binance trades
+with made-up users, a seeded generator without end, and Binance trades that the generator goes on after (mixed).
 
 Time. The pace is an *open loop*: the intended time of each event is fixed before the run (start + i / rate, or the
 recorded distances), and lateness of this process or of its subscriber never moves it. A latency measured from the
@@ -45,9 +45,10 @@ BINANCE = DATA / "binance-spot-2024-08-08.csv.gz"
 
 BTC, USDT, ETH = 1, 2, 3
 COIN = 10**8  # every asset has 8 decimals
-PREPARED_EVENTS_MAX = 250_000  # encoded before the start, about 1.3 KiB each; what is beyond is encoded as it goes
-JOURNAL_LINES_MAX = 4_096
+PREPARED_EVENTS_MAX = 1_000_000  # encoded before the start, about 1.3 KiB each; what is beyond is encoded as it goes
+JOURNAL_LINES_MAX = 256  # a block is written in a fraction of a millisecond: it delays the events that are due
 POLL_S = 0.005  # how often the pause file and the stop flag are looked at
+PAUSE_SUBSCRIBERS_S = 30.0  # as many as before a pause must be there again before it ends; so long it waits for them
 SLEEP_S_MIN = 0.0003  # a shorter sleep costs more than it gives: ticks, not a spin
 
 # PUB never blocks: at its high-water mark it drops, silently. A run flat out would then be judged for frames that never
@@ -170,36 +171,68 @@ def generate(
     fees: bool = False,
     first_sequence: int = 1,
     first_trade_id: int = 1,
+    deposits: bool = True,
 ) -> Iterator[Event]:
     """Yield `count` events (None: without end): deposits of users 1 to `users`, then trades and few ledger events.
 
     Users are drawn uniformly; 1.6 % of the trades are of a user with himself and 60 % carry a refund, as in the
     recorded session.
     """
-    events = _generate(random.Random(seed), users, symbols, fees, first_trade_id)
+    rng = random.Random(seed)
+    events = _generate(rng, users, symbols, fees, first_trade_id)
+    if deposits:
+        events = itertools.chain(_deposits(users, symbols), events)
     return itertools.islice(number_events(events, first_sequence), count)
+
+
+def mix(users: int = 1_000, seed: int = 1) -> Iterator[Event]:
+    """Yield the Binance trades and then generated ones without end; the deposits before them are enough for both."""
+    events = load_binance(users=users, seed=seed)
+    more = {USDT: 5_000_000, BTC: 1_000, ETH: 20_000}
+    last_trade_id = 0
+    for event in events:
+        if "trade_id" in event:
+            last_trade_id = max(last_trade_id, event["trade_id"])
+        else:
+            event["amount"] += more[event["asset"]] * COIN
+    generated = _generate(random.Random(seed), users, 2, False, last_trade_id + 1)
+    return number_events(itertools.chain(events, generated), 1)
+
+
+def up_to_trades(events: Iterable[Event], trades_max: int) -> Iterator[Event]:
+    """Yield events until so many trades were among them."""
+    trades = 0
+    for event in events:
+        trades += "trade_id" in event
+        yield event
+        if trades >= trades_max:
+            return
+
+
+_STARTED_MS = 1_723_161_255_000
+
+
+def _deposits(users: int, symbols: int) -> Iterator[Event]:
+    """Yield what the generated trades are paid with: each asset for each user."""
+    amounts = [(USDT, 5_000_000), *((base, 1_000 if base == BTC else 20_000) for base in _base_assets(symbols))]
+    for user in range(1, users + 1):
+        for asset, coins in amounts:
+            yield _ledger_event("DEPOSIT", user, asset, coins * COIN, related_id=user, created_at=_STARTED_MS)
 
 
 def _generate(rng: random.Random, users: int, symbols: int, fees: bool, trade_id: int) -> Iterator[Event]:
     uniform = rng.random
-    started_ms = 1_723_161_255_000
     books = [
         (asset, 6_183_763 if asset == BTC else max(268_380 // number, 100))
         for number, asset in enumerate(_base_assets(symbols))
     ]
-    for user in range(1, users + 1):
-        for asset, amount in (
-            (USDT, 5_000_000 * COIN),
-            *((base, (1_000 if base == BTC else 20_000) * COIN) for base, _ in books),
-        ):
-            yield _ledger_event("DEPOSIT", user, asset, amount, related_id=user, created_at=started_ms)
     prices = [price for _, price in books]
     matched = [0] * len(books)
     versions: dict[int, int] = {}
     assets = [USDT, *(base for base, _ in books)]
     width = max(assets) + 1
     for number in itertools.count():
-        now_ms = started_ms + number // 10
+        now_ms = _STARTED_MS + number // 10
         if uniform() < 0.003:
             user, asset = int(uniform() * users) + 1, assets[int(uniform() * len(assets))]
             amount = int(uniform() * COIN) + 1
@@ -468,11 +501,15 @@ class Pause:
 
 
 class Schedule:
-    """Intended times in us after the start: none for flat out; else at a rate, or as recorded and sped up."""
+    """Intended times in us after the start: none for flat out; else at a rate, or as recorded and sped up.
 
-    def __init__(self, *, rate: float | None = None, offsets_us: list[int] | None = None) -> None:
+    A rate may begin with a burst: so many events at once, then the others, one interval after the other.
+    """
+
+    def __init__(self, *, rate: float | None = None, burst: int = 0, offsets_us: list[int] | None = None) -> None:
         """Take either or neither."""
         self._interval_us = 1e6 / rate if rate else None
+        self._burst = burst
         self._offsets_us = offsets_us
 
     @classmethod
@@ -488,7 +525,7 @@ class Schedule:
     def offset_us(self, place: int) -> int | None:
         """Return when the event is due after the start; None: at once."""
         if self._interval_us is not None:
-            return int(place * self._interval_us)
+            return int(max(place - self._burst, 0) * self._interval_us)
         return self._offsets_us[place] if self._offsets_us is not None else None
 
 
@@ -629,13 +666,15 @@ class Publisher:
         return 0
 
     def _rest(self) -> int:
-        begun_us = self._clock.now_us()
+        begun_us, subscribers = self._clock.now_us(), self._subscribers
         if self._journal:
             self._journal.flush()
         self._pause.begin(self.last_sequence)
         while self._pause.wanted() and not self.stopped:
             self._read_subscriptions()
             time.sleep(POLL_S)
+        if not self.wait_for_subscribers(subscribers, PAUSE_SUBSCRIBERS_S):  # one may have been killed meanwhile
+            note(f"goes on with {self._subscribers} of {subscribers} subscribers after the pause")
         self._pause.end()
         return self._clock.now_us() - begun_us
 
@@ -679,6 +718,8 @@ examples:
   python bench/engine.py --source binance --users 1000 --pace x10 --stamp
   # 1,000 generated trades a second until SIGTERM, open loop, times in the payload for measuring latency
   python bench/engine.py --source generated --rate 1000 --stamp --journal journal.jsonl
+  # 200,000 trades between 1,000 users, real ones first
+  python bench/engine.py --source mixed --users 1000 --trades 200000
   # one frame twice, one never, one ten late, one unreadable, one with a wrong field
   python bench/engine.py --count 2000 --duplicate 300 --withhold 400 \\
     --withhold-until 500:510 --corrupt 600 --wrong-field 700:quantity=abc
@@ -721,12 +762,15 @@ def _parser() -> argparse.ArgumentParser:
         help="drop beyond so many unsent frames, as PUB does (default %(default)s)",
     )
     add = parser.add_argument_group("what").add_argument
-    add("--source", choices=("session", "binance", "generated"), default="session", help="default: session")
-    add("--users", type=int, default=64, metavar="N", help="users of binance and generated (default 64)")
-    add("--seed", type=int, default=1, metavar="S", help="seed of binance and generated (default 1)")
+    add("--source", choices=("session", "binance", "generated", "mixed"), default="session", help="default: session")
+    add("--users", type=int, default=64, metavar="N", help="users of all but the session (default 64)")
+    add("--seed", type=int, default=1, metavar="S", help="seed of all but the session (default 1)")
     add("--symbols", type=int, default=2, metavar="N", help="symbols of generated (default 2)")
     add("--fees", action="store_true", help="generated trades carry fees of 0.1 %%")
-    add("--count", type=int, metavar="N", help="stop after N events; without it generated never ends")
+    add("--no-deposits", action="store_true", help="generated begins with trades: it goes on after an earlier run")
+    add("--first-trade-id", type=int, default=1, metavar="N", help="of generated (default 1)")
+    add("--count", type=int, metavar="N", help="stop after N events; without it generated and mixed never end")
+    add("--trades", type=int, metavar="N", help="stop after N trades")
     add("--first-sequence", type=int, default=1, metavar="N", help="number of the first event (default 1)")
     add("--session", type=int, metavar="K", help="put the session key into every frame")
     add("--stamp", action="store_true", help="put the intended send time into every event as ts_us")
@@ -739,6 +783,7 @@ def _parser() -> argparse.ArgumentParser:
         help="at once, as recorded, or N times as fast (default flat)",
     )
     add("--rate", type=float, metavar="R", help="R events a second, open loop")
+    add("--burst", type=int, default=0, metavar="N", help="with --rate: the first N events at once (the deposits)")
     add("--heartbeat-s", type=float, metavar="S", help="send a heartbeat when idle for S seconds, and at the end")
     add(
         "--linger-s",
@@ -828,15 +873,17 @@ def _json_or_text(value: str) -> Any:
 
 def _schedule(args: argparse.Namespace, events: list[Event] | None) -> Schedule:
     """Read the pace; ValueError when it can't be had."""
+    if args.burst and not args.rate:
+        raise ValueError("--burst goes with --rate only")
     if args.pace == "flat":
-        return Schedule(rate=args.rate)
+        return Schedule(rate=args.rate, burst=args.burst)
     factor = 1.0 if args.pace == "realtime" else float(args.pace[1:]) if args.pace.startswith("x") else 0.0
     if factor <= 0:
         raise ValueError(f"--pace {args.pace}: wanted flat, realtime or xN with N > 0")
     if args.rate:
         raise ValueError("--rate goes with --pace flat only")
     if events is None:
-        raise ValueError("--source generated has no times of its own; use --rate")
+        raise ValueError(f"--source {args.source} has no times of its own; use --rate")
     return Schedule.recorded(events, factor)
 
 
@@ -857,13 +904,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.print_rules:
         print(json.dumps(rules(args.source, args.symbols)))
         return 0
-    if args.fees and args.source != "generated":
-        parser.error("--fees goes with --source generated only")
+    if args.source != "generated" and (args.fees or args.no_deposits or args.first_trade_id != 1):
+        parser.error("--fees, --no-deposits and --first-trade-id go with --source generated only")
     if args.users < 1 or args.symbols < 1 or args.first_sequence < 1 or (args.rate is not None and args.rate <= 0):
         parser.error("--users, --symbols, --first-sequence and --rate must be positive")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop
     events: list[Event] | None = None
-    if args.source != "generated":
+    if args.source in ("session", "binance"):
         events = load_session() if args.source == "session" else load_binance(users=args.users, seed=args.seed)
         events = events[: args.count]
     try:
@@ -874,14 +921,25 @@ def main(argv: list[str] | None = None) -> int:
     numbered: Iterable[Event]
     if events is not None:
         numbered = number_events(events, args.first_sequence)
+    elif args.source == "mixed":
+        numbered = itertools.islice(number_events(mix(args.users, args.seed), args.first_sequence), args.count)
     else:
         numbered = generate(
-            args.seed, args.users, args.count, symbols=args.symbols, fees=args.fees, first_sequence=args.first_sequence
+            args.seed,
+            args.users,
+            args.count,
+            symbols=args.symbols,
+            fees=args.fees,
+            first_sequence=args.first_sequence,
+            first_trade_id=args.first_trade_id,
+            deposits=not args.no_deposits,
         )
+    if args.trades is not None:
+        numbered = up_to_trades(numbered, args.trades)
     frames: Iterable[Frame] = FramePlan(
         faults=faults, restarts=args.restart_at, stamp=args.stamp, session=args.session
     ).frames(numbered)
-    if events is not None or args.count is not None:
+    if events is not None or args.count is not None or args.trades is not None:
         frames = itertools.chain(list(itertools.islice(frames, PREPARED_EVENTS_MAX)), frames)
     events = None
     gc.freeze()

@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from bench.engine import rules
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")} | {
     "PYTHONPATH": str(ROOT)
@@ -37,15 +39,29 @@ def until(true: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     raise AssertionError(f"not within {timeout_s} s: {what}")
 
 
+def rules_toml(given: dict[str, Any]) -> str:
+    """Write rules, as the engine prints them, as a sidecar's configuration."""
+    lines = []
+    for section in ("assets", "symbols"):
+        for name, keys in given[section].items():
+            lines += [f"[{section}.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items()), ""]
+    return "\n".join(lines)
+
+
 class World:
     """A folder with an engine's endpoint, a journal, and any number of sidecar processes over one store."""
 
     def __init__(
         self, folder: Path, *, source: str = "session", settings: Sequence[str] = (), store: Sequence[str] = (),
-        judged: str | None = None,
+        judged: str | None = None, symbols: int = 2,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.source = source
+        self.symbols = symbols  # of generated trades
+        self.toml = ROOT / "bench" / ("session.toml" if source == "session" else "binance.toml")
+        if symbols != 2:
+            self.toml = folder / "symbols.toml"
+            self.toml.write_text(rules_toml(rules(source, symbols)))
         self.endpoint = f"tcp://127.0.0.1:{free_port()}"
         self.journal = folder / "journal.jsonl"
         self.pause_file = folder / "pause"
@@ -65,15 +81,16 @@ class World:
         self._stack.close()
 
     def config(self, tape: str = "tape.db") -> list[str]:
-        toml = "session" if self.source == "session" else "binance"
-        given = ["--config", str(ROOT / "bench" / f"{toml}.toml")]
+        given = ["--config", str(self.toml)]
         for setting in [f"tape.path={self.folder / tape}", *self.settings]:
             given += ["--set", setting]
         return given
 
-    def start(self, verb: str, *more: str, tape: str = "tape.db", log: str | None = None) -> Process:
-        """Start `sidecar VERB`; it is killed when the world ends."""
-        command = [sys.executable, "-m", "sidecar", verb, *self.config(tape)]
+    def start(
+        self, verb: str, *more: str, tape: str = "tape.db", log: str | None = None, module: Sequence[str] = ("sidecar",)
+    ) -> Process:
+        """Start `sidecar VERB` (or another module that runs it); it is killed when the world ends."""
+        command = [sys.executable, "-m", *module, verb, *self.config(tape)]
         for setting in more:
             command += ["--set", setting]
         return self._start(command, self.folder / (log or f"{verb}.log"))
@@ -81,7 +98,8 @@ class World:
     def engine(self, *arguments: str, rate: float | None = None, journal: Path | None = None) -> Process:
         command = [
             sys.executable, str(ROOT / "bench" / "engine.py"), "--endpoint", self.endpoint, "--source", self.source,
-            "--journal", str(journal or self.journal), "--json", "--quiet", *arguments,
+            "--journal", str(journal or self.journal), "--symbols", str(self.symbols), "--json", "--quiet",
+            "--linger-s", "0.3", *arguments,
         ]  # fmt: skip
         if rate is not None:
             command += ["--rate", str(rate)]
@@ -116,12 +134,11 @@ class World:
 
     def judge(self, *arguments: str) -> dict[str, Any]:
         """Compare the store with the journal, by a program that shares no code with the sidecar."""
-        engine = [sys.executable, str(ROOT / "bench" / "engine.py"), "--source", self.source, "--print-rules"]
-        rules = self.folder / "rules.json"
-        rules.write_text(subprocess.run(engine, capture_output=True, text=True, check=True).stdout)
+        rules_file = self.folder / "rules.json"
+        rules_file.write_text(json.dumps(rules(self.source, self.symbols)))
         command = [
-            sys.executable, str(ROOT / "bench" / "judge.py"), "--journal", str(self.journal), "--rules", str(rules),
-            "--store", self.judged, "--json", *arguments,
+            sys.executable, str(ROOT / "bench" / "judge.py"), "--journal", str(self.journal),
+            "--rules", str(rules_file), "--store", self.judged, "--json", *arguments,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout, done.stderr

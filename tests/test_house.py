@@ -29,7 +29,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 PURE, IO, TOP = 1, 2, 4
 # The two stores share their base and nothing else; what Cassandra's is made of stands in files beside it.
 PARTS = {
-    "store.cassandra": {"store.base", "store.encode", "store.nodes", "store.tables"},
+    "store.cassandra": {"store.base", "store.connection", "store.encode", "store.nodes", "store.tables"},
     "store.encode": {"store.tables"},
     "store.sqlite": {"store.base"},
 }

@@ -45,6 +45,7 @@ from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, 
 from sidecar.events import Account, AccountKey, Balance, Decision, State
 from sidecar.store import tables
 from sidecar.store.base import Store, summed
+from sidecar.store.connection import connection_class
 from sidecar.store.encode import LOGGED, UNLOGGED, BatchEncoder, insert_statement
 from sidecar.store.nodes import GENERATION, Nodes
 
@@ -357,6 +358,7 @@ class CassandraStore(Store):
         if self._connected is not None:
             return self._connected
         clusters: list[Any] = []
+        self._loop = asyncio.get_running_loop()
 
         def connect() -> Any:
             clusters.append(self._cluster())  # in here, since it resolves names
@@ -418,18 +420,14 @@ class CassandraStore(Store):
         )
 
     def _connection_class(self) -> Any:
-        """Make a connection that tells when it is closed, by whomever, and moves bytes in larger pieces."""
-        usual = Cluster.connection_class
+        """Make a connection on this loop that tells when it is closed, by whomever."""
 
-        def close(connection: Any) -> None:
-            usual.close(connection)
+        def closed() -> None:
             connected = self._connected
             if connected is not None and connected.nodes is not None:
                 connected.nodes.suspect_from_thread()
 
-        return type(
-            "WatchedConnection", (usual,), {"close": close, "in_buffer_size": 65_536, "out_buffer_size": 65_536}
-        )
+        return connection_class(self._loop, closed)
 
     async def _watch(self, connected: _Connected) -> None:
         """Take the first look at the nodes; those that are up may take a moment to be connected all."""

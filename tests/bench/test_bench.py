@@ -1,4 +1,4 @@
-"""The bench measures something, says it in three ways, and its own arithmetic is right; how much it is is not tested."""
+"""The bench measures something, says it in three ways, and its arithmetic is right; the figures are not tested."""
 
 from __future__ import annotations
 

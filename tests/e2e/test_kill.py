@@ -86,9 +86,8 @@ def test_run_killed_whole_while_the_engine_pauses(tmp_path: Path, seed: int, und
             run.kill()
             run = world.start("run", log=f"run-{kill + 1}.log")
             until(partial(_is_run_by, world, run.pid), "it runs again")
-            time.sleep(0.5)  # the subscription has to reach the engine: there is no replay in this test
-            paused.unlink()
-            world.pause_file.unlink()
+            world.pause_file.unlink()  # the engine goes on when the subscription is there: nobody replays in this test
+            until(partial(_is_gone, paused), "the pause ends")
         world.until_acked(engine.result()["last_sequence"], 60)
         assert run.term() == 0
         verdict = world.judge()
@@ -101,7 +100,11 @@ def _has_content(file: Path) -> bool:
 
 def _has_taped(world: World, sequence: int) -> bool:
     sessions = world.verb("tape", "info")["sessions"]
-    return bool(sessions) and int(sessions[0]["head"]) >= sequence
+    return (int(sessions[0]["head"]) if sessions else 0) >= sequence
+
+
+def _is_gone(file: Path) -> bool:
+    return not file.exists()
 
 
 def _is_run_by(world: World, pid: int) -> bool:

@@ -250,6 +250,7 @@ def test_a_longer_topic_with_the_same_beginning_is_not_ours(tmp_path: Path) -> N
         recorder._take_turn([[b"settlement_test", b"\x80"], [b"settlement", b"\x80"]])
         assert recorder.other_topics_total == 1
         assert tape.malformed_total == 1
+        recorder._feed.close()
         tape.close()
 
     asyncio.run(story())

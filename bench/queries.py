@@ -1,0 +1,73 @@
+"""`queries`: `trade_exists` and a balance, asked by another process while trades settle."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import places, runs
+from bench.report import BenchError, Report, percentiles, table
+from bench.world import Process, World
+
+SAYS = "how long `trade_exists` and a balance take while trades settle"
+MORE = """\
+`sidecar run` settles a stream at --rate. Once it runs steadily, a process of its own asks through `sidecar.open_store`,
+both kinds at once and steadily: whether trades exist (a fifth do not), and users' balances. Wrong answers are counted
+and fail the run. The settling's own latency in the same seconds stands beside it.
+
+examples:
+  scripts/bench queries --store cassandra
+  scripts/bench queries --rate 5000 --per-s 500 --seconds 30
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what only this verb takes."""
+    add = parser.add_argument
+    add("--rate", type=float, default=1_000.0, metavar="R", help="events settled a second (default 1000)")
+    add("--per-s", type=float, default=100.0, metavar="Q", help="questions of each kind a second (default 100)")
+    add("--seconds", type=float, default=60.0, metavar="S", help="measured (default 60)")
+    add("--ramp", type=float, default=10.0, metavar="S", help="settled before questions are asked (default 10)")
+    add("--users", type=int, default=1_000, metavar="N", help="who trade (default 1,000)")
+
+
+def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[str], str, bool]:
+    """Measure."""
+    workload = runs.Workload(trades=0, users=args.users)
+    spare_s = 3.0  # the asking process starts meanwhile
+    events = workload.deposits + int(args.rate * (args.ramp + args.seconds + spare_s))
+    engine = [*workload.engine(), "--count", str(events), "--rate", str(args.rate), "--burst", str(workload.deposits)]
+    asked: dict[str, Any] = {}
+    asked_us = [0, 0]
+
+    def ask(world: World, sidecar: Process) -> None:
+        runs.until_acked(world, sidecar, workload.deposits + int(args.rate * args.ramp))
+        acked = world.said()["acked"]
+        time.sleep(1.0)  # the journal is written once a second
+        report.note("asking")
+        asked_us[0] = time.time_ns() // 1_000
+        answers = places.program(
+            "bench.asker", *world.config(), "--journal", str(world.journal), "--acked", str(acked),
+            "--per-s", str(args.per_s), "--seconds", str(args.seconds), timeout_s=args.seconds * 2 + 60,
+        )  # fmt: skip
+        asked_us[1] = time.time_ns() // 1_000
+        asked.update(answers)
+
+    with places.place(args.store, args.port, folder / "warm-up", report, args.warm_up) as place:
+        report.note(f"settling {args.rate:,.0f} events/s")
+        done = runs.settle_live(
+            place, folder / "run", engine, settings=args.set, judge=args.judge, watch_every_s=0.25, meanwhile=ask
+        )
+    if not asked:
+        raise BenchError("nothing was asked")
+    settled = percentiles(done.joined.latencies(*asked_us))
+    wrong = sum(one["wrong"] for one in asked.values())
+    report.figures |= {"store": place.name, **asked, "settled": settled, "wrong": wrong, "equal": done.equal}
+    head = ("", "asked", "p50 ms", "p90", "p99", "p99.9", "max", "wrong")
+    keys = ("p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms")
+    lines = [[name, one["asked"], *(one[key] for key in keys), one["wrong"]] for name, one in asked.items()]
+    lines.append(["(an event settled)", "", *(settled[key] for key in keys), ""])
+    title = f"queries to {place.name} while {args.rate:,.0f} events/s settle"
+    return [table(title, head, lines)], "", not wrong and done.equal is not False
