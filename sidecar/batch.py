@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final, NamedTuple
 
-from sidecar.events import Account, AccountKey, Event, LedgerEvent, Refused, Trade
+from sidecar.events import AccountKey, AccountValues, Event, LedgerEvent, Refused, Trade
 from sidecar.ledger import Folded
 
 ROW_PAGE_WIDTH: Final = 10_000  # ledger_events, rejected_events: output_sequence // 10000 (schema.cql)
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     trades: dict[str, list[Row]]
     ledger_events: list[Row]
     rejected: list[Row]
-    balances: dict[AccountKey, Account]
+    balances: dict[AccountKey, AccountValues]
     last_trade_ids: dict[str, int]
     events: int
     decisions_read: int
@@ -86,7 +86,7 @@ def take(
     trades: dict[str, list[Row]] = {}
     ledger_events: list[Row] = []
     rejected: list[Row] = []
-    balances: dict[AccountKey, Account] = {}
+    balances: dict[AccountKey, AccountValues] = {}
     last_trade_ids: dict[str, int] = {}
     stream_bytes = len(stream)
     balance_bytes = _BALANCE_BYTES + stream_bytes
@@ -95,7 +95,8 @@ def take(
     while waiting and events < trades_max:
         folded = waiting[0]
         _, _, event, symbol, quote_amount, moved = folded
-        row_bytes, alone = _row_bytes(event), False
+        is_trade, alone = type(event) is Trade, False
+        row_bytes = _TRADE_BYTES if is_trade else _row_bytes(event)
         if type(event) is Refused:
             alone = event.code == "TOO_LARGE"
         if events and size_bytes + row_bytes + stream_bytes + balance_bytes * len(moved) > bytes_max:
@@ -137,9 +138,7 @@ def take(
 
 
 def _row_bytes(event: Event | None) -> int:
-    """Give the bytes of an event's row without its stream's name; an accepted gap has none."""
-    if type(event) is Trade:
-        return _TRADE_BYTES
+    """Give the bytes of the row of what is no trade, without its stream's name; an accepted gap has none."""
     if type(event) is LedgerEvent:
         return _LEDGER_BYTES
     if type(event) is Refused:

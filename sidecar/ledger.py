@@ -19,8 +19,8 @@ from sidecar.errors import Halt
 from sidecar.events import (
     EMPTY_ACCOUNT,
     I63_MAX,
-    Account,
     AccountKey,
+    AccountValues,
     Event,
     LedgerEvent,
     Refused,
@@ -48,11 +48,10 @@ class Folded(NamedTuple):
     event: Event | None
     symbol: Symbol | None
     quote_amount: int
-    balances: dict[AccountKey, Account]
+    balances: dict[AccountKey, AccountValues]
 
 
-# A named tuple from a tuple, without a call in Python: half of its price, and five of them are made for a trade.
-_account: Final[Callable[[tuple[int, int, int, int]], Account]] = partial(tuple.__new__, Account)
+# A named tuple from a tuple, without a call in Python: half of its price.
 _folded: Final[Callable[[tuple[Any, ...]], Folded]] = partial(tuple.__new__, Folded)
 
 
@@ -74,7 +73,7 @@ class Ledger:
         self.sequence = state.sequence
         self.stamp_us = state.stamp_us
         self.last_trade_ids = dict(state.last_trade_ids)
-        self.accounts: dict[AccountKey, Account] = {}
+        self.accounts: dict[AccountKey, AccountValues] = {}
         self.negative_total = 0
         self.skipped_total = 0
         self._offset_us = base_us - first_sequence
@@ -113,7 +112,7 @@ class Ledger:
 
         time_us = None
         postings: dict[AccountKey, int] = {}
-        balances: dict[AccountKey, Account] = {}
+        balances: dict[AccountKey, AccountValues] = {}
         negative = 0
         if type(judged) is Trade:
             assert symbol is not None
@@ -159,7 +158,7 @@ class Ledger:
             return
         old: list[AccountKey] = []
         for key, account in self.accounts.items():
-            if account.last_sequence <= durable and key not in needed:
+            if account[2] <= durable and key not in needed:
                 old.append(key)
                 if len(old) == excess:
                     break
@@ -196,9 +195,9 @@ class Ledger:
 
     def _post(
         self, sequence: int, updated_at: int, postings: dict[AccountKey, int]
-    ) -> tuple[dict[AccountKey, Account], int]:
+    ) -> tuple[dict[AccountKey, AccountValues], int]:
         """Give the accounts as the postings leave them, without those that are ahead; count those that fall below 0."""
-        balances: dict[AccountKey, Account] = {}
+        balances: dict[AccountKey, AccountValues] = {}
         negative = 0
         accounts = self.accounts
         for key, amount in postings.items():
@@ -211,7 +210,7 @@ class Ledger:
                     reason = f"user {key[0]}, asset {key[1]} would hold {available}; {I64_MIN} to {I63_MAX} is allowed"
                     raise Halt("BALANCE_OVERFLOW", sequence, reason, _REJECT)
                 negative += before >= 0
-            balances[key] = _account((available, version + 1, sequence, updated_at))
+            balances[key] = (available, version + 1, sequence, updated_at)
         return balances, negative
 
 

@@ -8,6 +8,7 @@ taken from the socket, what was taken is put on the tape, what is under way to t
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import ssl
@@ -135,6 +136,11 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    # What is made for a trade is freed with it, by counting; the collector would only look through all of it again and
+    # again (11 % of the settler's CPU). What lives for ever is taken out of its sight, cycles are still found, later.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     log.info("starting", extra={"record": record, "settle": settle, "stream": config.stream.name})
     tape = open_tape(config) if record else None
     held = None

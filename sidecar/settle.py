@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
@@ -133,11 +134,12 @@ class Life:
 
     async def _load_missing(self, events: list[Event]) -> None:
         accounts, accounts_of = self.ledger.accounts, self.ledger.accounts_of
-        missing = {key: None for event in events for key in accounts_of(event) if key not in accounts}
+        needed = set(chain.from_iterable(map(accounts_of, events)))
+        missing = needed - accounts.keys()
         if not missing:
             return
-        await self._make_room(len(missing), {key for event in events for key in accounts_of(event)})
-        keys = list(missing)
+        await self._make_room(len(missing), needed)
+        keys = sorted(missing)
         for at in range(0, len(keys), ACCOUNTS_READ_MAX):
             some = keys[at : at + ACCOUNTS_READ_MAX]
             found = await until_known(lambda some=some: self._store.load_accounts(self._stream, some), self._bounds)  # type: ignore[misc]
@@ -262,6 +264,7 @@ class Settler:
         self._foreign_to = 0
         self._foreign: ForeignPart | None = None
         self._ack_log: IO[bytes] | None = None
+        self._notes = bytearray()
         self._ack_log_path = ack_log
         self._tick_s = min(TICK_S, bounds.durable_after_s / 2)
 
@@ -316,7 +319,9 @@ class Settler:
         finally:
             self._say()
             if self._ack_log is not None:
+                self._write_notes()
                 self._ack_log.close()
+                self._ack_log = None
 
     def _next_sequence(self) -> int:
         return self.life.pipeline.acked.sequence + 1 if self.life else self._first_sequence
@@ -585,11 +590,21 @@ class Settler:
     def _note_submit(self, batch: Batch) -> None:
         self._submitted = max(self._submitted, batch.last_sequence)
         if self._ack_log is not None:
-            self._ack_log.write(b"# submitted %d %d\n" % (batch.first_sequence, batch.last_sequence))
+            self._note(b"# submitted %d %d\n" % (batch.first_sequence, batch.last_sequence))
 
     def _note_ack(self, batch: Batch) -> None:
         if self._ack_log is not None:
-            self._ack_log.write(b"%d %d %d\n" % (batch.first_sequence, batch.last_sequence, self._now_us()))
+            self._note(b"%d %d %d\n" % (batch.first_sequence, batch.last_sequence, self._now_us()))
+
+    def _note(self, line: bytes) -> None:
+        if not self._notes:  # one write for all that a turn of the loop has to say
+            asyncio.get_running_loop().call_soon(self._write_notes)
+        self._notes += line
+
+    def _write_notes(self) -> None:
+        if self._ack_log is not None:
+            self._ack_log.write(self._notes)
+        self._notes.clear()
 
     def said(self) -> dict[str, Any]:
         """Tell how settlement stands: what `<tape>.settled` holds."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from sidecar.batch import Batch
 from sidecar.errors import StoreRefusedError
-from sidecar.events import Account, AccountKey, Balance, Decision, State
+from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 
 KEYSPACE_STREAM = "*"  # decisions that hold for every stream: the decimals of assets
 
@@ -88,7 +88,7 @@ class Store(ABC):
     # --- the way of a trade ---
 
     @abstractmethod
-    async def load_accounts(self, stream: str, keys: Iterable[AccountKey]) -> dict[AccountKey, Account]:
+    async def load_accounts(self, stream: str, keys: Iterable[AccountKey]) -> dict[AccountKey, AccountValues]:
         """Read balance rows of one stream, concurrently; keys without a row are not in the answer."""
 
     @abstractmethod

@@ -42,10 +42,10 @@ from cassandra.query import BoundStatement, SimpleStatement, tuple_factory
 
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch
 from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, StoreRefusedError
-from sidecar.events import Account, AccountKey, Balance, Decision, State
+from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store import tables
 from sidecar.store.base import Store, summed
-from sidecar.store.connection import connection_class
+from sidecar.store.connection import ask, connection_class
 from sidecar.store.encode import LOGGED, UNLOGGED, BatchEncoder, insert_statement
 from sidecar.store.nodes import GENERATION, Nodes
 
@@ -655,20 +655,31 @@ class CassandraStore(Store):
             raise
 
     async def _send(self, body: bytes) -> None:
-        session = self._here().session
+        # No query in the plan, so no replica is preferred: a batch has rows for many nodes, and the coordinators of the
+        # batch log take turns.
+        session, message = self._here().session, _EncodedBatch(body)
         try:
-            # As Session.execute_async does, without what is known here. No query, so no replica is preferred: a batch
-            # has rows for many nodes, and the coordinators of the batch log take turns.
-            sent = ResponseFuture(
-                session,
-                _EncodedBatch(body),
-                None,
-                None,
-                retry_policy=self._retry_policy,
-                row_factory=tuple_factory,
-                load_balancer=session.cluster.profile_manager.default.load_balancing_policy,
-            )
-            sent._protocol_handler = self._wire  # noqa: SLF001 - as Session.execute_async sets it
+            await ask(session, message, self._wire, self._timeout_s)
+        except protocol.PreparedQueryNotFound:
+            await self._send_and_prepare(session, message)
+        except protocol.ErrorMessage as error:
+            raise classified(error.to_exception(), self.unknown_errors) from error
+        except Exception as error:
+            raise classified(error, self.unknown_errors) from error
+
+    async def _send_and_prepare(self, session: Any, message: _EncodedBatch) -> None:
+        """Send the driver's way, which prepares again what a node has forgotten (it, or a table, was made anew)."""
+        sent = ResponseFuture(
+            session,
+            message,
+            None,
+            None,
+            retry_policy=self._retry_policy,
+            row_factory=tuple_factory,
+            load_balancer=session.cluster.profile_manager.default.load_balancing_policy,
+        )
+        sent._protocol_handler = self._wire  # noqa: SLF001 - as Session.execute_async sets it
+        try:
             sent.send_request()
             await self._answer(sent, self._timeout_s)
         except Exception as error:
@@ -695,7 +706,7 @@ class CassandraStore(Store):
         if encoder is not None:
             encoder.trade_ids[symbol] = prepared.query_id
 
-    async def load_accounts(self, stream: str, keys: Iterable[AccountKey]) -> dict[AccountKey, Account]:
+    async def load_accounts(self, stream: str, keys: Iterable[AccountKey]) -> dict[AccountKey, AccountValues]:
         """Read balance rows: users that want the same assets are asked for together, many questions are under way."""
         text = (
             "SELECT user_id, asset_id, available, version, last_sequence, updated_at FROM"
@@ -715,7 +726,7 @@ class CassandraStore(Store):
                 for at in range(0, len(users), READ_USERS_MAX)
             ]
         )
-        found: dict[AccountKey, Account] = {}
+        found: dict[AccountKey, AccountValues] = {}
         name = stream.encode()
 
         async def read_on() -> None:
@@ -723,7 +734,7 @@ class CassandraStore(Store):
                 bound = BoundStatement(prepared)
                 bound.values = [_list_of("q", 8, users), _list_of("i", 4, assets), name]
                 async for rows in self._pages_of(bound):
-                    found.update({(row[0], row[1]): Account(*row[2:]) for row in rows})
+                    found.update({(row[0], row[1]): row[2:] for row in rows})
 
         readers = [asyncio.ensure_future(read_on()) for _ in range(min(READS_INFLIGHT_MAX, len(assets_of)))]
         try:

@@ -1,19 +1,27 @@
-"""The driver's connection on the application's own event loop: no second thread reads answers.
+"""The driver's connection on the application's own event loop, and the shortest way to send a message over it.
 
 cassandra-driver brings a reactor of its own, in a thread that fights the loop for the interpreter's lock with every
 answer. Here the loop watches the socket: an answer is decoded, and its future set, where it is waited for. Connecting
 and closing stay blocking calls on the driver's threads, as the driver means them.
+
+`ask` does for one message what the driver's ResponseFuture does (borrow a stream of a host's pool, send, give it back,
+orphan it when time is up) without the locks, events and timers that a caller on another thread would need: 5 of 37 us
+CPU a trade, at 16 trades a batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from cassandra.connection import Connection, ConnectionShutdown
+import cassandra
+from cassandra.cluster import NoHostAvailable
+from cassandra.connection import Connection, ConnectionBusy, ConnectionException, ConnectionShutdown
+from cassandra.pool import NoConnectionsAvailable
 
 _PIECE_BYTES: Final = 65_536
 _LATER: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -152,3 +160,95 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is untyped
     def _is_pending(self) -> bool:
         """Say whether TLS holds decrypted bytes that the descriptor will not speak of."""
         return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
+
+async def ask(session: Any, message: Any, handler: Any, timeout_s: float) -> Any:
+    """Send a message to the next host of the plan that takes it; give its answer.
+
+    Raises NoHostAvailable when none takes it, OperationTimedOut when it isn't answered in time, ConnectionException
+    when the connection is lost meanwhile, protocol.ErrorMessage as the node's own answer. To be called on the loop.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Any] = loop.create_future()
+    errors: dict[Any, Exception] = {}
+    for host in session.cluster.profile_manager.default.load_balancing_policy.make_query_plan(None, None):
+        pool = session._pools.get(host)  # noqa: SLF001 - as ResponseFuture looks it up
+        if pool is None or pool.is_shutdown:
+            errors[host] = ConnectionException("has no open pool", host)
+            continue
+        try:
+            connection, stream = pool.borrow_connection(timeout=0)  # waiting for a stream would hold up the loop
+        except (NoConnectionsAvailable, ConnectionException) as error:
+            errors[host] = error
+            continue
+        shot = _Shot(loop, answer, pool, connection, stream, timeout_s)
+        try:
+            connection.send_msg(
+                message, stream, cb=shot.answered, encoder=handler.encode_message, decoder=handler.decode_message
+            )
+        except (ConnectionException, ConnectionBusy) as error:
+            shot.unsent()
+            errors[host] = error
+            continue
+        return await answer
+    raise NoHostAvailable("no host takes a request", errors)
+
+
+class _Shot:
+    """One request under way, on a stream of a connection."""
+
+    __slots__ = ("_answer", "_connection", "_loop", "_over", "_pool", "_stream", "_thread")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        answer: asyncio.Future[Any],
+        pool: Any,
+        connection: Any,
+        stream: int,
+        timeout_s: float,
+    ) -> None:
+        self._loop = loop
+        self._thread = threading.get_ident()
+        self._answer = answer
+        self._pool = pool
+        self._connection = connection
+        self._stream = stream
+        self._over = loop.call_later(timeout_s, self._time_is_up)
+
+    def answered(self, response: Any) -> None:
+        """Take the answer, or the error that ended the connection: on the loop, or on a thread that closed it."""
+        if not self._pool.is_shutdown:
+            self._pool.return_connection(self._connection)
+        if threading.get_ident() == self._thread:
+            self._tell(response)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._tell, response)
+
+    def unsent(self) -> None:
+        """Give the stream back: nothing was sent on it."""
+        self._over.cancel()
+        self._connection._requests.pop(self._stream, None)  # noqa: SLF001 - as ResponseFuture does
+        self._pool.return_connection(self._connection)
+
+    def _tell(self, response: Any) -> None:
+        self._over.cancel()
+        if self._answer.done():  # the life that asked has ended
+            return
+        if isinstance(response, Exception):
+            self._answer.set_exception(response)
+        else:
+            self._answer.set_result(response)
+
+    def _time_is_up(self) -> None:
+        # The stream stays taken until its late answer comes: another request must not get that.
+        connection = self._connection
+        if connection._requests.pop(self._stream, None) is not None and not self._pool.is_shutdown:  # noqa: SLF001
+            with connection.lock:
+                connection.orphaned_request_ids.add(self._stream)
+                if len(connection.orphaned_request_ids) >= connection.orphaned_threshold:
+                    connection.orphaned_threshold_reached = True
+            self._pool.return_connection(connection, stream_was_orphaned=True)
+        if not self._answer.done():
+            self._answer.set_exception(cassandra.OperationTimedOut({}, connection.endpoint))

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch, Row
 from sidecar.errors import OutcomeUnknownError, StartOver, StoreRefusedError
-from sidecar.events import Account, AccountKey, Balance, Decision, State
+from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store.base import Store, summed
 
 T = TypeVar("T")
@@ -188,12 +188,12 @@ class SQLiteStore(Store):
 
     # --- the way of a trade ---
 
-    async def load_accounts(self, stream: str, keys: Iterable[AccountKey]) -> dict[AccountKey, Account]:
+    async def load_accounts(self, stream: str, keys: Iterable[AccountKey]) -> dict[AccountKey, AccountValues]:
         """Read balance rows, many keys a query."""
         return await self._read(self._load_accounts, stream, list(keys))
 
-    def _load_accounts(self, stream: str, keys: list[AccountKey]) -> dict[AccountKey, Account]:
-        found: dict[AccountKey, Account] = {}
+    def _load_accounts(self, stream: str, keys: list[AccountKey]) -> dict[AccountKey, AccountValues]:
+        found: dict[AccountKey, AccountValues] = {}
         for at in range(0, len(keys), _READ_KEYS):
             some = keys[at : at + _READ_KEYS]
             places = ", ".join(["(?, ?)"] * len(some))
@@ -202,7 +202,7 @@ class SQLiteStore(Store):
                 " updated_at FROM wanted JOIN user_balances ON user_id = u AND asset_id = a WHERE stream = ?",
                 [value for key in some for value in key] + [stream],
             ).fetchall()
-            found |= {(row[0], row[1]): Account(*row[2:]) for row in rows}
+            found |= {(row[0], row[1]): row[2:] for row in rows}
         return found
 
     async def settle_batch_atomically(self, batch: Batch) -> None:
