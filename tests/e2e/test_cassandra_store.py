@@ -99,7 +99,7 @@ def make_batch(last: int, trades: int = 1, balances: int = 1) -> Batch:
             "ts_us": None,
         }
         rows.append(tuple((values | keys).values()))
-    accounts = {(user, 1): Account(last, last, last, last) for user in range(balances)}
+    accounts = {(user, 1): (last, last, last, last) for user in range(balances)}
     trades_by_symbol = {"btc_usdt": rows} if rows else {}
     return Batch(STREAM, last, last, 1_000_000 + last, trades_by_symbol, [], [], accounts, {}, 1, 0)
 
