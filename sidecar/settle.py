@@ -258,6 +258,8 @@ class Settler:
         self._agreed: Agreed | None = None
         self._submitted = 0
         self._hole_since: tuple[int, float] | None = None
+        self._pause_looked_at = 0.0
+        self._paused = False
         self._session = 0
         self._said_before: dict[str, Any] = {}
         self._tape_id = 0
@@ -388,7 +390,7 @@ class Settler:
         """Give the contiguous run of the stream's session, burst by burst; stand before holes and borders."""
         agreed, position, stood_at = life.agreed, life.ledger.sequence, -1
         while not self._stopping.is_set():
-            if paused_path(self._tape_path).exists():
+            if self._is_paused():
                 self._stand("paused")
                 await self._stopped_within(WAIT_S)
                 continue
@@ -414,6 +416,13 @@ class Settler:
                 await self._stand_before(life, reader, position)
             stood_at = position
             await reader.moved(WAIT_S)
+
+    def _is_paused(self) -> bool:
+        """Look for the pause file, now and then: a look at every trade would cost more than the trade."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._pause_looked_at + WAIT_S:
+            self._pause_looked_at, self._paused = now, paused_path(self._tape_path).exists()
+        return self._paused
 
     async def _stand_before(self, life: Life, reader: TapeReader, position: int) -> None:
         """Nothing contiguous is left: say what stands in the way, and do what the configuration says about a hole."""

@@ -40,6 +40,7 @@ FORMAT: Final = 1
 APPLICATION_ID: Final = 0x53434152  # "SCAR"
 _ROWS_A_STATEMENT: Final = 128  # rows a statement: each step gives the GIL away once, so few steps, not one a row
 _PRUNE_ROWS: Final = 5_000
+_SIZE_LOOK_FRAMES: Final = 64  # the size is looked at once in so many frames: at most 256 KiB over its bound
 _NO_SPACE: Final = (sqlite3.SQLITE_FULL,)
 _DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
 _LOCK_TRIES: Final = 10  # 0.2 s in all: a look at who holds it (`is_locked`) takes it for an instant
@@ -233,6 +234,7 @@ class Tape:
         self.recorded_total = 0
         self.full: str | None = None
         self._size_bytes_max = size_bytes_max
+        self._size_countdown = self._used = 0
         self._malformed_kept_max = malformed_kept_max
         self._now_us = now_us
         self._lock = lock(path, "recorder")
@@ -404,8 +406,11 @@ class Tape:
     def _write(self, turn: _Turn) -> None:
         db = self._db
         try:
-            used = _used_bytes(db)
-            if used > self._size_bytes_max and turn.frames:
+            self._size_countdown -= len(turn.frames)
+            if self._size_countdown <= 0 or self.full is not None:
+                self._size_countdown = _SIZE_LOOK_FRAMES
+                self._used = _used_bytes(db)
+            if (used := self._used) > self._size_bytes_max and turn.frames:
                 raise TapeFullError(
                     f"{self.path} holds {used} bytes, tape.size_bytes_max is {self._size_bytes_max}; recording stands"
                     " still until what is durable is deleted (tape.retention_s) or the bound is raised"
