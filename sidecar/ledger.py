@@ -17,7 +17,6 @@ from typing import Any, Final, NamedTuple
 
 from sidecar.errors import Halt
 from sidecar.events import (
-    EMPTY_ACCOUNT,
     I63_MAX,
     AccountKey,
     AccountValues,
@@ -252,6 +251,3 @@ def _refused(event: Event, code: str, reason: str) -> Refused:
 def before(first_sequence: int, base_us: int) -> State:
     """Give the state before a stream's first event: T(first) is then at least `base_us`."""
     return State(first_sequence - 1, base_us - 1, {})
-
-
-__all__ = ["EMPTY_ACCOUNT", "Folded", "Ledger", "before", "trade_postings", "trade_time_us"]
