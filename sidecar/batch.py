@@ -100,7 +100,7 @@ def take(
         if type(event) is Refused:
             alone = event.code == "TOO_LARGE"
         if events and size_bytes + row_bytes + stream_bytes + balance_bytes * len(moved) > bytes_max:
-            further = len(moved.keys() - balances.keys())  # accounts that are in the batch already cost nothing more
+            further = sum(key not in balances for key in moved)  # accounts that are in the batch cost nothing more
             if size_bytes + row_bytes + stream_bytes + balance_bytes * further > bytes_max:
                 break
         if events and alone:

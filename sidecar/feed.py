@@ -59,6 +59,7 @@ class Feed:
         self._on_turn = on_turn
         self._may_take = may_take
         self._again: asyncio.Handle | None = None
+        self._stands = False  # no room: frames wait in libzmq until `resume`
         self._loop: asyncio.AbstractEventLoop | None = None
         self.frames_total = 0
 
@@ -70,8 +71,9 @@ class Feed:
         self._schedule()  # what came before the reader was there is not announced again
 
     def resume(self) -> None:
-        """Drain on, after `may_take` had no room."""
-        self._schedule()
+        """Drain on, if `may_take` had no room."""
+        if self._stands:
+            self._schedule()
 
     def close(self) -> None:
         """Stop draining and let the socket go."""
@@ -97,6 +99,7 @@ class Feed:
         with contextlib.suppress(zmq.Again):
             for _ in range(take):
                 turn.append(receive(zmq.NOBLOCK))  # noqa: PERF401 - what came before Again must be kept
+        self._stands = not take
         if turn:
             self.frames_total += len(turn)
             self._on_turn(turn)

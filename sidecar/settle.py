@@ -135,7 +135,7 @@ class Life:
     async def _load_missing(self, events: list[Event]) -> None:
         accounts, accounts_of = self.ledger.accounts, self.ledger.accounts_of
         needed = set(chain.from_iterable(map(accounts_of, events)))
-        missing = needed - accounts.keys()
+        missing = needed.difference(accounts)  # `- accounts.keys()` would walk through all accounts
         if not missing:
             return
         await self._make_room(len(missing), needed)

@@ -26,11 +26,11 @@ import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sidecar import wire
+from sidecar.disk import DiskThread, insert_rows
 from sidecar.errors import TapeDamagedError, TapeError, TapeFullError, TapeLockedError, TapeMissingError
 from sidecar.events import Event, Heartbeat
 
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 APPLICATION_ID: Final = 0x53434152  # "SCAR"
-_ROWS_A_STATEMENT: Final = 128  # rows a statement: each step gives the GIL away once, so few steps, not one a row
 _PRUNE_ROWS: Final = 5_000
 _SIZE_LOOK_FRAMES: Final = 64  # the size is looked at once in so many frames: at most 256 KiB over its bound
 _NO_SPACE: Final = (sqlite3.SQLITE_FULL,)
@@ -249,7 +248,7 @@ class Tape:
         self._runs_on_disk = {number: dict(opened.runs.list()) for number, opened in self._sessions.items()}
         self.malformed_total = _meta(self._db, "malformed_total")
         self._comparing: sqlite3.Connection | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tape")
+        self._thread = DiskThread("tape")
         self._pending_by_place: dict[tuple[int, int], bytes] = {}
         self._begin_turn()
 
@@ -393,8 +392,7 @@ class Tape:
 
         Any other error of the disk is raised as TapeError: after a failed fsync the next one lies, so the process ends.
         """
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._write, turn)
+        await self._thread.run(self._write, turn)
         for session, sequence, _, _, _ in turn.frames:
             self._pending_by_place.pop((session, sequence), None)
         self.recorded_total += len(turn.frames)
@@ -416,12 +414,8 @@ class Tape:
                     " still until what is durable is deleted (tape.retention_s) or the bound is raised"
                 )
             db.execute("BEGIN IMMEDIATE")
-            db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?)", turn.sessions)
-            db.executemany("UPDATE sessions SET engine_session = ? WHERE session = ?", turn.keyed)
-            db.executemany(
-                "UPDATE sessions SET announced_to = ? WHERE session = ?",
-                [(to, session) for session, to in turn.announced.items()],
-            )
+            if turn.sessions or turn.keyed or turn.announced:
+                self._write_sessions(turn)
             for session, runs in turn.runs.items():
                 _write_runs(db, session, self._runs_on_disk.get(session, {}), runs)
             insert_rows(db, "INSERT INTO frames VALUES ", 5, turn.frames)
@@ -444,12 +438,20 @@ class Tape:
                 raise TapeFullError(f"the disk of {self.path} is full ({error}); recording stands still") from error
             raise TapeError(f"{self.path}: {error} ({getattr(error, 'sqlite_errorname', '?')})") from error
 
+    def _write_sessions(self, turn: _Turn) -> None:
+        db = self._db
+        db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?)", turn.sessions)
+        db.executemany("UPDATE sessions SET engine_session = ? WHERE session = ?", turn.keyed)
+        db.executemany(
+            "UPDATE sessions SET announced_to = ? WHERE session = ?",
+            [(to, session) for session, to in turn.announced.items()],
+        )
+
     async def prune(self, session: int, deletable: int, older_than_us: int) -> int:
         """Delete frames up to `deletable` that were recorded before `older_than_us`; give how many, bounded a call."""
         if session not in self._sessions:
             return 0
-        loop = asyncio.get_running_loop()
-        count, pruned_to = await loop.run_in_executor(self._thread, self._prune, session, deletable, older_than_us)
+        count, pruned_to = await self._thread.run(self._prune, session, deletable, older_than_us)
         if pruned_to:
             self._sessions[session].pruned_to = pruned_to
         return count
@@ -488,7 +490,7 @@ class Tape:
 
     def close(self) -> None:
         """Close the file and let another recorder have it; what was not committed is given up."""
-        self._thread.shutdown()
+        self._thread.close()
         if self._comparing is not None:
             self._comparing.close()
         self._db.close()
@@ -620,10 +622,13 @@ class TapeReader:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         if self._tail is not None:
-            self._tail.moved.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
-                    await self._tail.moved.wait()
+            moved = self._tail.moved
+            moved.clear()
+            waking = loop.call_at(deadline, moved.set)  # a third of what a timeout around the wait costs
+            try:
+                await moved.wait()
+            finally:
+                waking.cancel()
             return
         while loop.time() < deadline:
             version = self._db.execute("PRAGMA data_version").fetchone()[0]
@@ -729,14 +734,6 @@ def is_locked(path: Path, role: str) -> bool:
 # --- SQLite ---------------------------------------------------------------------------------------------------------
 
 
-def insert_rows(db: sqlite3.Connection, head: str, columns: int, rows: list[Any], foot: str = "") -> None:
-    """Insert many rows with few steps: one statement for up to `_ROWS_A_STATEMENT` of them."""
-    one = f"({', '.join('?' * columns)})"
-    for at in range(0, len(rows), _ROWS_A_STATEMENT):
-        some = rows[at : at + _ROWS_A_STATEMENT]
-        db.execute(head + ", ".join([one] * len(some)) + foot, [value for row in some for value in row])
-
-
 def _connect_writer(path: Path) -> sqlite3.Connection:
     db = None
     try:
@@ -789,10 +786,11 @@ def _load_runs(db: sqlite3.Connection, session: int) -> Runs:
 
 
 def _write_runs(db: sqlite3.Connection, session: int, before: dict[int, int], after: dict[int, int]) -> None:
-    gone = [(session, first) for first in before.keys() - after.keys()]
+    gone = [(session, first) for first in before if first not in after]
     moved = [(session, first, last) for first, last in after.items() if before.get(first) != last]
-    db.executemany("DELETE FROM runs WHERE session = ? AND first_sequence = ?", gone)
-    db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", moved)
+    if gone:
+        db.executemany("DELETE FROM runs WHERE session = ? AND first_sequence = ?", gone)
+    insert_rows(db, "INSERT OR REPLACE INTO runs VALUES ", 3, moved)
 
 
 def _meta(db: sqlite3.Connection, key: str) -> int:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: {"errors", "events"},
     1: {"wire", "symbols", "ledger", "batch"},
-    2: {"feed", "replay", "tape", "store", "metrics"},
+    2: {"disk", "feed", "replay", "tape", "store", "metrics"},
     3: {"decisions", "record", "pipeline", "foreign", "settle", "reconcile"},
     4: {"config", "service", "admin", "cli", "demo"},
 }
@@ -31,7 +31,8 @@ PURE, IO, TOP = 1, 2, 4
 PARTS = {
     "store.cassandra": {"store.base", "store.connection", "store.encode", "store.nodes", "store.tables"},
     "store.encode": {"store.tables"},
-    "store.sqlite": {"store.base"},
+    "store.sqlite": {"disk", "store.base"},
+    "tape": {"disk"},
 }
 IMPURE_MODULES = {
     *("asyncio", "concurrent", "multiprocessing", "select", "selectors", "signal", "socket", "subprocess", "threading"),

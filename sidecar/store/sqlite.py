@@ -14,18 +14,17 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch, Row
+from sidecar.disk import DiskThread, insert_rows
 from sidecar.errors import OutcomeUnknownError, StartOver, StoreRefusedError
 from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store.base import Store, summed
 
 T = TypeVar("T")
 
-_ROWS_A_STATEMENT: Final = 64  # few steps: each one gives the GIL away once
 _CACHE_KIB: Final = 65_536  # a million balance rows; with SQLite's own 2 MiB every trade of 300,000 users reads pages
 _SCAN_ROWS: Final = 2_000
 _READ_KEYS: Final = 400
@@ -93,8 +92,8 @@ class SQLiteStore(Store):
         """Remember the file; `open` opens or creates it."""
         super().__init__(page_widths)
         self.path = path
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="sqlite-write")
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="sqlite-read")
+        self._writer = DiskThread("sqlite-write")
+        self._reader = DiskThread("sqlite-read")
         self._waiting: list[tuple[Batch, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._opened_at = 0.0
@@ -119,8 +118,8 @@ class SQLiteStore(Store):
 
     async def close(self) -> None:
         """Close the file; a transaction under way is finished first."""
-        self._writer.shutdown()
-        self._reader.shutdown()
+        self._writer.close()
+        self._reader.close()
         for db in (getattr(self, "_db", None), getattr(self, "_read_db", None)):
             if db is not None:
                 db.close()
@@ -174,9 +173,9 @@ class SQLiteStore(Store):
     async def _read(self, work: Callable[..., T], *args: object) -> T:
         return await self._run(self._reader, work, *args)
 
-    async def _run(self, thread: ThreadPoolExecutor, work: Callable[..., T], *args: object) -> T:
+    async def _run(self, thread: DiskThread, work: Callable[..., T], *args: object) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(thread, work, *args)
+            return await thread.run(work, *args)
         except sqlite3.Error as error:
             raise self._classified(error) from error
 
@@ -257,10 +256,10 @@ class SQLiteStore(Store):
                 if db.execute(query, (stream,)).fetchone()[0] > read:
                     raise StartOver(f"the decisions of stream {stream} are more than the {read} that were read")
             for symbol, rows in trades.items():
-                self._insert(self._trades_head(symbol), len(TRADE_COLUMNS), rows)
-            self._insert(_LEDGER_HEAD, len(LEDGER_COLUMNS), ledger_events)
-            self._insert(_REJECTED_HEAD, len(REJECTED_COLUMNS), rejected, _REJECTED_FOOT)
-            self._insert(_BALANCES_HEAD, len(BALANCE_COLUMNS), list(balances.values()), _BALANCES_FOOT)
+                insert_rows(db, self._trades_head(symbol), len(TRADE_COLUMNS), rows)
+            insert_rows(db, _LEDGER_HEAD, len(LEDGER_COLUMNS), ledger_events)
+            insert_rows(db, _REJECTED_HEAD, len(REJECTED_COLUMNS), rejected, _REJECTED_FOOT)
+            insert_rows(db, _BALANCES_HEAD, len(BALANCE_COLUMNS), list(balances.values()), _BALANCES_FOOT)
             db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
@@ -273,13 +272,6 @@ class SQLiteStore(Store):
             head = f"INSERT OR REPLACE INTO settled_trades_{symbol} ({', '.join(TRADE_COLUMNS)}) VALUES "
             self._trades_heads[symbol] = head
         return head
-
-    def _insert(self, head: str, columns: int, rows: list[Row], foot: str = "") -> None:
-        one = f"({', '.join('?' * columns)})"
-        for at in range(0, len(rows), _ROWS_A_STATEMENT):
-            some = rows[at : at + _ROWS_A_STATEMENT]
-            statement = head + ", ".join([one] * len(some)) + foot
-            self._db.execute(statement, [value for row in some for value in row])
 
     async def load_state(self, stream: str) -> dict[str, State]:
         """Read the positions."""
