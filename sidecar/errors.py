@@ -84,6 +84,14 @@ class BatchTooLargeError(StoreError):
     """The server refuses a batch of this size: start over with half the cap."""
 
 
+class AccountMissingError(SidecarError):
+    """An account that an event touches is not in memory: it must be read, then the event is folded."""
+
+    def __init__(self, key: tuple[int, int]) -> None:
+        """Name the account: (user_id, asset_id)."""
+        super().__init__(f"user {key[0]}, asset {key[1]} is not in memory")
+
+
 # --- the tape -------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from sidecar.errors import Halt
+from sidecar.errors import AccountMissingError, Halt
 from sidecar.events import (
     I63_MAX,
     AccountKey,
@@ -33,6 +33,9 @@ I64_MIN: Final = -(2**63)
 
 _ADD: Final = "add the asset or symbol to the configuration and restart; nothing is lost meanwhile"
 _REJECT: Final = "look at the event with `sidecar tape dump`; to go on without it: `sidecar reject SEQ --reason '…'`"
+
+
+Postings = tuple[tuple[AccountKey, int], ...]  # each account once, with what is added to it
 
 
 class Folded(NamedTuple):
@@ -80,7 +83,7 @@ class Ledger:
         self._trade_ids_rise = trade_ids_rise
 
     def accounts_of(self, event: Event) -> tuple[AccountKey, ...]:
-        """Name the accounts that folding `event` may touch; they must be in memory before it is folded."""
+        """Name the accounts that folding `event` may touch: they must be in memory then."""
         if type(event) is Trade:
             buyer, seller, base, quote = event[5], event[6], event[7], event[8]
             four = ((buyer, base), (buyer, quote), (seller, base), (seller, quote))
@@ -95,9 +98,10 @@ class Ledger:
     def fold(self, event: Event, now_us: int) -> Folded:
         """Fold the next event; `now_us` is the wall clock, the bound for ENGINE_TIME_AHEAD.
 
-        Raises Halt, with nothing changed, when design.md says that settlement stops before this event.
+        Raises, with nothing changed: Halt when design.md says that settlement stops before this event,
+        AccountMissingError when one of `accounts_of(event)` is not in memory.
         """
-        sequence = event.output_sequence
+        sequence = event[0]
         assert sequence == self.sequence + 1, f"sequence {sequence} after {self.sequence}"
         symbol, quote_amount = None, 0
         judged: Event = event
@@ -110,7 +114,7 @@ class Ledger:
             raise Halt("UNKNOWN_ASSET", sequence, reason, _ADD)
 
         time_us = None
-        postings: dict[AccountKey, int] = {}
+        postings: Postings = ()
         balances: dict[AccountKey, AccountValues] = {}
         negative = 0
         if type(judged) is Trade:
@@ -121,7 +125,7 @@ class Ledger:
         elif type(judged) is LedgerEvent:
             time_us = judged.ts_us if judged.ts_us is not None else judged.created_at * 1000 or None
             amount = -judged.amount if judged.event_type == "WITHDRAWAL" else judged.amount
-            postings = {(judged.user_id, judged.asset): amount}
+            postings = (((judged.user_id, judged.asset), amount),)
             balances, negative = self._post(sequence, time_us or 0, postings)
         if time_us is not None and time_us > now_us + DAY_US:
             reason = f"the event's time is {time_us} us, more than a day after this host's clock, {now_us} us"
@@ -132,7 +136,7 @@ class Ledger:
         self.skipped_total += len(postings) - len(balances)
         self.accounts.update(balances)
         if symbol is not None:
-            self.last_trade_ids[symbol.name] = judged[1]  # type: ignore[assignment]  # trade_id
+            self.last_trade_ids[symbol[0]] = judged[1]  # type: ignore[assignment]  # trade_id
         self.sequence = sequence
         stamp = self.stamp_us + 1
         least = self._offset_us + sequence
@@ -166,41 +170,42 @@ class Ledger:
 
     def _judge_trade(self, trade: Trade) -> tuple[Event, Symbol | None, int]:
         """Give the verdict: the trade with its symbol and quote amount, or its refusal; in the order of design.md."""
-        if trade.price == 0:
+        base, quote, price, quantity, quote_amount, buyer_fee, seller_fee = trade[7:14]
+        if price == 0:
             return _refused(trade, "ZERO_PRICE", "price=0; at least 1 is allowed"), None, 0
-        if trade.quantity == 0:
+        if quantity == 0:
             return _refused(trade, "ZERO_QUANTITY", "quantity=0; at least 1 is allowed"), None, 0
-        symbol = self.symbols.by_pair.get((trade.base_asset, trade.quote_asset))
+        symbol = self.symbols.by_pair.get((base, quote))
         if symbol is None:
             known = ", ".join(sorted(self.symbols.symbols)) or "none"
-            pair = f"base_asset={trade.base_asset}, quote_asset={trade.quote_asset}"
-            raise Halt("UNKNOWN_SYMBOL", trade.output_sequence, f"{pair} is no configured symbol; {known} are", _ADD)
-        quote_amount = trade.quote_amount
+            pair = f"base_asset={base}, quote_asset={quote}"
+            raise Halt("UNKNOWN_SYMBOL", trade[0], f"{pair} is no configured symbol; {known} are", _ADD)
         if quote_amount is None:
-            quote_amount = symbol.quote_amount(trade.price, trade.quantity)
+            quote_amount = symbol.quote_amount(price, quantity)
         if quote_amount > I63_MAX:
-            reason = f"quote amount {quote_amount} (price={trade.price}, quantity={trade.quantity}); at most {I63_MAX}"
+            reason = f"quote amount {quote_amount} (price={price}, quantity={quantity}); at most {I63_MAX}"
             return _refused(trade, "AMOUNT_OVERFLOW", reason), None, 0
-        if trade.buyer_fee is not None and trade.buyer_fee > trade.quantity:
-            reason = f"buyer_fee={trade.buyer_fee}; at most the quantity, {trade.quantity}"
+        if buyer_fee is not None and buyer_fee > quantity:
+            reason = f"buyer_fee={buyer_fee}; at most the quantity, {quantity}"
             return _refused(trade, "FEE_EXCEEDS_AMOUNT", reason), None, 0
-        if trade.seller_fee is not None and trade.seller_fee > quote_amount:
-            reason = f"seller_fee={trade.seller_fee}; at most the quote amount, {quote_amount}"
+        if seller_fee is not None and seller_fee > quote_amount:
+            reason = f"seller_fee={seller_fee}; at most the quote amount, {quote_amount}"
             return _refused(trade, "FEE_EXCEEDS_AMOUNT", reason), None, 0
-        if self._trade_ids_rise and trade.trade_id <= (last := self.last_trade_ids.get(symbol.name, 0)):
-            reason = f"trade_id={trade.trade_id}; above {last}, the last one of {symbol.name}, is allowed"
+        if self._trade_ids_rise and trade[1] <= (last := self.last_trade_ids.get(symbol[0], 0)):
+            reason = f"trade_id={trade[1]}; above {last}, the last one of {symbol.name}, is allowed"
             return _refused(trade, "TRADE_ID_NOT_RISING", reason), None, 0
         return trade, symbol, quote_amount
 
-    def _post(
-        self, sequence: int, updated_at: int, postings: dict[AccountKey, int]
-    ) -> tuple[dict[AccountKey, AccountValues], int]:
+    def _post(self, sequence: int, updated_at: int, postings: Postings) -> tuple[dict[AccountKey, AccountValues], int]:
         """Give the accounts as the postings leave them, without those that are ahead; count those that fall below 0."""
         balances: dict[AccountKey, AccountValues] = {}
         negative = 0
         accounts = self.accounts
-        for key, amount in postings.items():
-            before, version, last_sequence, _ = accounts[key]
+        for key, amount in postings:
+            try:
+                before, version, last_sequence, _ = accounts[key]
+            except KeyError:
+                raise AccountMissingError(key) from None
             if last_sequence >= sequence:
                 continue
             available = before + amount
@@ -213,17 +218,20 @@ class Ledger:
         return balances, negative
 
 
-def trade_postings(trade: Trade, quote_amount: int, revenue_user_id: int) -> dict[AccountKey, int]:
-    """Give the amount that a trade adds to each account, by design.md's table; they sum to zero in each asset."""
-    buyer, seller, base, quote, quantity = trade[5], trade[6], trade[7], trade[8], trade[10]
-    if buyer != seller and not trade[12] and not trade[13]:
-        return {
-            (buyer, base): quantity,
-            (buyer, quote): -quote_amount,
-            (seller, base): -quantity,
-            (seller, quote): quote_amount,
-        }
-    buyer_fee, seller_fee = trade.buyer_fee or 0, trade.seller_fee or 0
+def trade_postings(trade: Trade, quote_amount: int, revenue_user_id: int) -> Postings:
+    """Give each account with the amount that a trade adds to it, by design.md's table; they sum to zero in each asset.
+
+    Each account stands there once: a self-trade's amounts, and fees of who earns them, are one posting.
+    """
+    buyer, seller, base, quote, _, quantity, _, buyer_fee, seller_fee = trade[5:14]
+    if buyer != seller and not buyer_fee and not seller_fee:
+        return (
+            ((buyer, base), quantity),
+            ((buyer, quote), -quote_amount),
+            ((seller, base), -quantity),
+            ((seller, quote), quote_amount),
+        )
+    buyer_fee, seller_fee = buyer_fee or 0, seller_fee or 0
     postings = {(buyer, base): quantity - buyer_fee, (buyer, quote): -quote_amount}
     others = [((seller, base), -quantity), ((seller, quote), quote_amount - seller_fee)]
     if buyer_fee > 0:
@@ -232,15 +240,16 @@ def trade_postings(trade: Trade, quote_amount: int, revenue_user_id: int) -> dic
         others.append(((revenue_user_id, quote), seller_fee))
     for key, amount in others:
         postings[key] = postings.get(key, 0) + amount
-    return postings
+    return tuple(postings.items())
 
 
 def trade_time_us(trade: Trade, symbol: Symbol) -> int | None:
     """Give a trade's own time in us since 1970: ts_us, else settled_at, else its id's, else None (design.md, T)."""
-    if trade.ts_us is not None:
-        return trade.ts_us
-    if trade.settled_at:
-        return trade.settled_at * 1000
+    settled_at, ts_us = trade[20:22]
+    if ts_us is not None:
+        return ts_us
+    if settled_at:
+        return settled_at * 1000
     return (trade.trade_id >> 16) * 1000 if symbol.trade_id_is_time else None
 
 

@@ -27,6 +27,7 @@ from sidecar import decisions as decision_log
 from sidecar.batch import Batch
 from sidecar.decisions import Agreed, DecisionRefusedError
 from sidecar.errors import (
+    AccountMissingError,
     BatchTooLargeError,
     Halt,
     OutcomeUnknownError,
@@ -115,17 +116,24 @@ class Life:
         self._durables: deque[tuple[float, int]] = deque()
 
     async def settle(self, events: list[Event]) -> None:
-        """Settle the stream's next events: all reads first, then fold without giving the loop away, then back-pressure.
+        """Settle the stream's next events: fold without giving the loop away, then back-pressure.
 
-        Raises Halt at an event that can't be settled; those before it are on their way.
+        At the first event that needs an account which memory lacks, those of all that follow are read together. Raises
+        Halt at an event that can't be settled; those before it are on their way.
         """
-        ledger, pipeline, now_us = self.ledger, self.pipeline, self._now_us()
-        await self._load_missing(events)
+        fold, pipeline, now_us = self.ledger.fold, self.pipeline, self._now_us()
         try:
-            for event in events:
-                pipeline.add(ledger.fold(event, now_us))
-        finally:
+            for place, event in enumerate(events):
+                try:
+                    folded = fold(event, now_us)
+                except AccountMissingError:
+                    await self._load_missing(events[place:])
+                    folded = fold(event, now_us)
+                pipeline.add(folded)
+        except Halt:
             await pipeline.room()
+            raise
+        await pipeline.room()
 
     async def pass_over(self, last_sequence: int) -> None:
         """Step over an accepted gap."""
@@ -136,8 +144,6 @@ class Life:
         accounts, accounts_of = self.ledger.accounts, self.ledger.accounts_of
         needed = set(chain.from_iterable(map(accounts_of, events)))
         missing = needed.difference(accounts)  # `- accounts.keys()` would walk through all accounts
-        if not missing:
-            return
         await self._make_room(len(missing), needed)
         keys = sorted(missing)
         for at in range(0, len(keys), ACCOUNTS_READ_MAX):
