@@ -46,6 +46,7 @@ STAGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("/sidecar/store/", (), "driver"),
     ("/cassandra/", (), "driver"),
     ("/sidecar/settle.py", (), "settle loop"),
+    ("/sidecar/life.py", (), "settle loop"),
     ("/sidecar/service.py", (), "settle loop"),
     ("/logging/", (), "log"),
     ("/sidecar/cli/logs.py", (), "log"),

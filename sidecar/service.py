@@ -21,8 +21,9 @@ from sidecar.config import CassandraSection, Config, ConfigError, read_secret
 from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError
 from sidecar.events import Refused, Trade
 from sidecar.ledger import before
+from sidecar.life import Bounds, Life, until_known
 from sidecar.record import Recorder
-from sidecar.settle import Bounds, Life, Settler, until_known
+from sidecar.settle import Settler
 from sidecar.store.base import Store
 from sidecar.store.sqlite import SQLiteStore
 from sidecar.tape import Tail, Tape, lock

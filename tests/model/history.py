@@ -23,13 +23,15 @@ from typing import Any, Final, cast
 import pytest
 
 import sidecar.decisions as decision_log
+import sidecar.life
 import sidecar.pipeline
 import sidecar.settle
 from sidecar.decisions import DecisionRefusedError, decision
 from sidecar.errors import OutcomeUnknownError
 from sidecar.events import Decision, Event, LedgerEvent, Refused, Trade
 from sidecar.ledger import Ledger
-from sidecar.settle import Bounds, Settler
+from sidecar.life import Bounds
+from sidecar.settle import Settler
 from sidecar.store.base import Store
 from sidecar.tape import Look, Runs, Session
 from tests.model import virtual_time
@@ -647,7 +649,7 @@ def run_history(seed: int, patch: pytest.MonkeyPatch, ways: Ways = Ways()) -> Ou
         jitters = random.Random(seed)
         made = SimpleNamespace(Random=lambda: random.Random(jitters.random()))
         patch.setattr(sidecar.pipeline, "random", made)
-        patch.setattr(sidecar.settle, "Ledger", _watched(history))
+        patch.setattr(sidecar.life, "Ledger", _watched(history))
         return await history.run()
 
     try:

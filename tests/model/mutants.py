@@ -21,8 +21,9 @@ from sidecar.decisions import Agreed
 from sidecar.errors import Halt, StartOver
 from sidecar.events import Event, LedgerEvent, Refused, Trade
 from sidecar.ledger import Folded, Ledger
+from sidecar.life import Life
 from sidecar.pipeline import Pipeline
-from sidecar.settle import Life, Settler
+from sidecar.settle import Settler
 from sidecar.tape import TapeReader
 from tests.model.history import Ways
 from tests.model.oracle import WALL_US

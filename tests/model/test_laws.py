@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from sidecar.batch import Batch
 from sidecar.errors import OutcomeUnknownError
 from sidecar.events import Event, LedgerEvent
-from sidecar.settle import Bounds, Settler
+from sidecar.life import Bounds
+from sidecar.settle import Settler
 from sidecar.store.sqlite import SQLiteStore
 from sidecar.tape import Tape
 from tests.streams import BTC, ETH, REVENUE, RULES, USDT, event, ledger_fields, trade_fields
