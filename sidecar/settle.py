@@ -219,8 +219,6 @@ class Settler:
             if life.is_out_of_touch:
                 await self._stopped_within(WAIT_S)
                 continue
-            if self._foreign is not None:
-                await until_known(partial(self._foreign.compare, reader), self._bounds)
             gap = agreed.gap_at_or_after(position + 1)
             if gap is not None and gap[0] <= position + 1:
                 await life.pass_over(gap[1])
@@ -228,6 +226,8 @@ class Settler:
                 continue
             events_max = min(BURST_EVENTS_MAX, gap[0] - position - 1) if gap else BURST_EVENTS_MAX
             burst = reader.read(agreed.session, position, events_max)
+            if self._foreign is not None:  # after the reading: what lies below the burst was recorded before it
+                await until_known(partial(self._foreign.compare, reader), self._bounds)
             if burst:
                 self._stand("running")
                 yield burst
