@@ -22,15 +22,24 @@ from sidecar.symbols import Symbols, added_rules, merge_rules
 
 @dataclass(frozen=True)
 class Agreed:
-    """What a log says, all together: what a life of the settle loop is bound by."""
+    """What a log says, all together: what a life of the settle loop is bound by.
+
+    `session` is the stream's on the tape `tape_id`, whose settler wrote the genesis; `engine_session` the key that its
+    frames carried there. Other tapes count their sessions for themselves. `ends_at` is the last sequence that is ever
+    settled on the stream, once `next_stream` goes on after it.
+    """
 
     symbols: Symbols
     first_sequence: int
     session: int
+    engine_session: int | None
+    tape_id: int | None
     base_us: int
     gaps: tuple[tuple[int, int], ...]
     rejects: frozenset[int]
     decisions_read: int
+    ends_at: int | None = None
+    next_stream: str | None = None
     warnings: tuple[str, ...] = ()
 
     def gap_at_or_after(self, sequence: int) -> tuple[int, int] | None:
@@ -86,6 +95,7 @@ async def agree(
     first_sequence: int,
     session: int,
     engine_session: int | None,
+    tape_id: int | None = None,
     rules: dict[str, Any],
     now_us: int,
 ) -> Agreed:
@@ -103,9 +113,15 @@ async def agree(
 
     def judge_stream(log: list[Decision]) -> Decision | None:
         if not log:
-            body = {"session": session, "engine_session": engine_session, "base_us": now_us, "rules": rules}
-            about = (first_sequence, first_sequence)
-            return decision("genesis", now_us, reason="first settler", body=body, about=about)
+            return genesis(
+                now_us,
+                reason="first settler",
+                first_sequence=first_sequence,
+                session=session,
+                engine_session=engine_session,
+                tape_id=tape_id,
+                rules=rules,
+            )
         added, lacking = added_rules(_rules(log), rules)
         warnings.extend(line for line in lacking if line not in warnings)
         if not (added["assets"] or added["symbols"]):
@@ -115,32 +131,43 @@ async def agree(
     warnings: list[str] = []
     await decide(store, KEYSPACE_STREAM, judge_keyspace)
     log = await decide(store, stream, judge_stream)
-    genesis = json.loads(log[0].body)
     if log[0].first_sequence != first_sequence:
         warnings.append(f"stream.first_sequence = {first_sequence}, but the stream began at {log[0].first_sequence}")
-    return Agreed(warnings=tuple(warnings), **_said(log, genesis))
+    return Agreed(warnings=tuple(warnings), **_said(log))
+
+
+def genesis(now_us: int, *, reason: str, first_sequence: int, rules: dict[str, Any], **of_the_tape: Any) -> Decision:
+    """Make a stream's first entry; `of_the_tape`: its session, engine_session and tape_id there."""
+    body = {**of_the_tape, "base_us": now_us, "rules": rules}
+    return decision("genesis", now_us, reason=reason, body=body, about=(first_sequence, first_sequence))
 
 
 async def read_agreed(store: Store, stream: str) -> Agreed | None:
     """Read what a stream's log says, without writing to it; None when the stream has no genesis."""
     log = await store.read_decisions(stream)
-    return Agreed(**_said(log, json.loads(log[0].body))) if log else None
+    return Agreed(**_said(log)) if log else None
 
 
-def _said(log: list[Decision], genesis: dict[str, Any]) -> dict[str, Any]:
+def _said(log: list[Decision]) -> dict[str, Any]:
     assert log[0].kind == "genesis"
+    begun = json.loads(log[0].body)
+    following = next((entry for entry in log if entry.kind == "next"), None)
     ranges = [(d.kind, d.first_sequence or 0, d.last_sequence or 0) for d in log if d.kind in ("gap", "reject")]
     stamps = [json.loads(entry.body)["base_us"] for entry in log if entry.kind == "stamp"]
     return {
         "symbols": Symbols(_rules(log)),
         "first_sequence": log[0].first_sequence,
-        "session": genesis["session"],
-        "base_us": max([genesis["base_us"], *stamps]),
+        "session": begun["session"],
+        "engine_session": begun.get("engine_session"),
+        "tape_id": begun.get("tape_id"),
+        "base_us": max([begun["base_us"], *stamps]),
         "gaps": tuple(sorted((first, last) for kind, first, last in ranges if kind == "gap")),
         "rejects": frozenset(
             sequence for kind, first, last in ranges if kind == "reject" for sequence in range(first, last + 1)
         ),
         "decisions_read": len(log),
+        "ends_at": following and following.last_sequence,
+        "next_stream": following and json.loads(following.body)["stream"],
     }
 
 
@@ -151,6 +178,65 @@ def _rules(log: list[Decision]) -> dict[str, Any]:
             body = json.loads(entry.body)
             entries.append(body.get("rules", body))
     return merge_rules(entries)
+
+
+async def begin_next(
+    store: Store,
+    stream: str,
+    name: str,
+    *,
+    ends_at: int,
+    first_sequence: int,
+    session: int,
+    engine_session: int | None,
+    tape_id: int,
+    now_us: int,
+) -> Decision:
+    """Decide that `stream` ends at `ends_at` and that `name` goes on, with a session of the tape `tape_id`.
+
+    The new stream's genesis (with the rules of the old one) is written first, so that whoever reads of its name finds
+    it; repeated, nothing changes. Raises DecisionRefusedError when either stream was decided about otherwise.
+    """
+    old = await store.read_decisions(stream)
+    if not old:
+        raise DecisionRefusedError(f"stream {stream} has no genesis; there is nothing to go on from")
+    rules = _rules(old)
+
+    def judge_new(log: list[Decision]) -> Decision | None:
+        if not log:
+            return genesis(
+                now_us,
+                reason=f"goes on after stream {stream}",
+                first_sequence=first_sequence,
+                session=session,
+                engine_session=engine_session,
+                tape_id=tape_id,
+                rules=rules,
+                after=stream,
+            )
+        begun = json.loads(log[0].body)
+        if begun.get("after") != stream:
+            raise DecisionRefusedError(f"stream {name} is there already, and not after {stream}; name a new one")
+        if log[0].first_sequence != first_sequence:
+            raise DecisionRefusedError(f"stream {name} has begun already, at sequence {log[0].first_sequence}")
+        return None
+
+    def judge_old(log: list[Decision]) -> Decision | None:
+        made = next((entry for entry in log if entry.kind == "next"), None)
+        if made is not None and json.loads(made.body)["stream"] != name:
+            raise DecisionRefusedError(f"stream {stream} goes on as {json.loads(made.body)['stream']} already")
+        if made is not None:
+            return None
+        return decision("next", now_us, reason="a new stream", body={"stream": name}, about=(ends_at, ends_at))
+
+    judge_old(old)
+    await decide(store, name, judge_new)
+    return next(entry for entry in await decide(store, stream, judge_old) if entry.kind == "next")
+
+
+async def read_next(store: Store, stream: str) -> Decision | None:
+    """Read the decision that ended a stream, None while it goes on."""
+    return next((entry for entry in await store.read_decisions(stream) if entry.kind == "next"), None)
 
 
 async def accept_gap(

@@ -18,7 +18,8 @@ from sidecar.tape import Runs, TapeReader
 
 EVENTS_MAX: Final = 64  # compared before each burst
 SESSION_STEP: Final = (
-    "look with `sidecar tape info`; an engine that began anew is a new stream: set another stream.name"
+    "look with `sidecar tape info`; to settle on what the engine publishes now, as a new stream beside this one:"
+    " `sidecar stream next NAME`"
 )
 _NOT_IN_ROWS: Final = frozenset({"quote_amount", "session", "payload"})
 

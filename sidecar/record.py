@@ -162,5 +162,6 @@ class Recorder:
             if said is None or not all(type(said.get(key)) is int for key in ("session", "deletable")):
                 continue
             older_than_us = self._now_us() - int(self._retention_s * 1_000_000)
-            while await self.tape.prune(said["session"], said["deletable"], older_than_us):  # noqa: ASYNC110 - it works
-                await asyncio.sleep(0)
+            for kept in (said, *said.get("streams", {}).values()):  # earlier streams of this tape have their sessions
+                while await self.tape.prune(kept["session"], kept["deletable"], older_than_us):  # noqa: ASYNC110 - works
+                    await asyncio.sleep(0)

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
@@ -27,16 +28,18 @@ from sidecar.errors import (
     TapeDamagedError,
     TapeMissingError,
 )
-from sidecar.events import Event, State
+from sidecar.events import I63_MAX, Event, State
 from sidecar.foreign import SESSION_STEP, ForeignPart
 from sidecar.ledger import before
 from sidecar.life import TICK_S, WAIT_S, Bounds, Life, until_known
 from sidecar.store.base import Store
+from sidecar.streams import Streams
 from sidecar.tape import Tail, TapeReader, paused_path, read_settled, write_settled
 
 log = logging.getLogger(__name__)
 
 BURST_EVENTS_MAX: Final = 512  # read from the tape, and folded, without giving the loop away
+_CONFLICT_STEP: Final = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
 
 
 class Settler:
@@ -66,7 +69,7 @@ class Settler:
         self.lives = 0
         self._tape_path = tape_path
         self._tail = tail
-        self._stream = stream
+        self._configured = self._stream = stream
         self._first_sequence = first_sequence
         self._rules = rules
         self._bounds = bounds
@@ -83,8 +86,7 @@ class Settler:
         self._pause_looked_at = 0.0
         self._paused = False
         self._session = 0
-        self._said_before: dict[str, Any] = {}
-        self._tape_id = 0
+        self._streams = Streams(None)
         self._foreign_to = 0
         self._foreign: ForeignPart | None = None
         self._ack_log: IO[bytes] | None = None
@@ -102,10 +104,8 @@ class Settler:
         """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
         if self._ack_log_path is not None:
             self._ack_log = self._ack_log_path.open("ab", buffering=0)  # a kill loses no line
-        self._said_before = read_settled(self._tape_path) or {}
-        if self._said_before.get("stream") == self._stream:  # so that a kill right after the next line forgets nothing
-            self._tape_id = self._said_before.get("tape_id", 0)
-            self._foreign_to = self._said_before.get("foreign_to", 0)
+        self._streams = Streams(read_settled(self._tape_path))
+        self._remember()  # so that a kill right after the next line forgets nothing
         self._say()
         try:
             await self._open_store()
@@ -156,6 +156,8 @@ class Settler:
         if reader is None:
             return
         try:
+            self._streams.is_on(reader.tape_id)
+            self._remember()
             agreed = await self._agree(reader)
             if agreed is None:
                 return
@@ -163,7 +165,13 @@ class Settler:
             await self.store.ready_for(agreed.symbols.symbols)
             state = (await self.store.load_state(self._stream)).get("durable")
             start = state or before(agreed.first_sequence, agreed.base_us)
-            self._know_tape(reader, agreed, start)
+            if agreed.ends_at is not None and start.sequence >= agreed.ends_at:
+                self._go_on(agreed, start.sequence)
+                return
+            if not await self._find_session(reader, agreed):
+                return
+            agreed = replace(agreed, session=self._session)
+            self._know_tape(agreed, start)
             async with asyncio.TaskGroup() as tasks:
                 self.life = life = Life(
                     store=self.store,
@@ -211,6 +219,7 @@ class Settler:
     async def _bursts(self, life: Life, reader: TapeReader) -> AsyncIterator[list[Event]]:
         """Give the contiguous run of the stream's session, burst by burst; stand before holes and borders."""
         agreed, position, stood_at = life.agreed, life.ledger.sequence, -1
+        ends_at = I63_MAX if agreed.ends_at is None else agreed.ends_at
         while not self._stopping.is_set():
             if self._is_paused():
                 self._stand("paused")
@@ -220,11 +229,14 @@ class Settler:
                 await self._stopped_within(WAIT_S)
                 continue
             gap = agreed.gap_at_or_after(position + 1)
+            if position >= ends_at:
+                await self._end_stream(life)
+                continue
             if gap is not None and gap[0] <= position + 1:
                 await life.pass_over(gap[1])
                 position = gap[1]
                 continue
-            events_max = min(BURST_EVENTS_MAX, gap[0] - position - 1) if gap else BURST_EVENTS_MAX
+            events_max = min(BURST_EVENTS_MAX, ends_at - position, gap[0] - position - 1 if gap else I63_MAX)
             burst = reader.read(agreed.session, position, events_max)
             if self._foreign is not None:  # after the reading: what lies below the burst was recorded before it
                 await until_known(partial(self._foreign.compare, reader), self._bounds)
@@ -238,6 +250,43 @@ class Settler:
                 await self._stand_before(life, reader, position)
             stood_at = position
             await reader.moved(WAIT_S)
+
+    async def _end_stream(self, life: Life) -> None:
+        """All that is ever settled on the stream is submitted: go on with the next one, once all of this is durable.
+
+        Not earlier: nobody would settle it again if the store lost its last seconds.
+        """
+        self._stand("running")
+        await life.pipeline.drained()
+        if life.durable.sequence < life.ledger.sequence:
+            await self._stopped_within(WAIT_S)
+            return
+        self._go_on(life.agreed, life.deletable)
+        raise StartOver(f"the stream has ended; {self._stream} goes on")
+
+    def _go_on(self, agreed: Agreed, deletable: int) -> None:
+        """Begin with the next stream: the next life is its."""
+        assert agreed.next_stream is not None
+        log.info("stream_ends", extra={"stream": self._stream, "ends_at": agreed.ends_at, "next": agreed.next_stream})
+        if self._session:
+            deletable = self._deletable(deletable)
+            self._streams.keep(self._stream, session=self._session, foreign_to=self._foreign_to, deletable=deletable)
+        self._stream = agreed.next_stream
+        self._remember()
+        self.life = self._agreed = self._hole_since = self._foreign = None
+        self._submitted = 0
+        self._say()
+
+    def _remember(self) -> None:
+        kept = self._streams.of(self._stream) or {}
+        self._session, self._foreign_to = kept.get("session", 0), kept.get("foreign_to", 0)
+
+    def _deletable(self, durable: int) -> int:
+        """Give up to where this tape need not keep the stream's session: nothing while all of it is another tape's.
+
+        It may turn out to be another session of the engine, of which nothing is settled.
+        """
+        return durable if durable > self._foreign_to else 0
 
     def _is_paused(self) -> bool:
         """Look for the pause file, now and then: a look at every trade would cost more than the trade."""
@@ -319,7 +368,7 @@ class Settler:
         known = await decision_log.read_agreed(self.store, self._stream)
         session = engine_session = None
         while known is None and not self._stopping.is_set():
-            if (first := self._unclaimed_session(reader)) is not None:
+            if (first := self._streams.unclaimed(self._stream, reader)) is not None:
                 session, engine_session = first
                 break
             self._stand("waiting")
@@ -332,44 +381,50 @@ class Settler:
             first_sequence=self._first_sequence,
             session=session or 0,
             engine_session=engine_session,
+            tape_id=reader.tape_id,
             rules=self._rules,
             now_us=self._now_us(),
         )
-        self._session = agreed.session
+        self._first_sequence = agreed.first_sequence
         for warning in agreed.warnings:
             log.warning("configuration_differs", extra={"warning": warning})
         return agreed
+
+    async def _find_session(self, reader: TapeReader, agreed: Agreed) -> bool:
+        """Wait until the tape has the stream's session; False when the settler is stopped before."""
+        while not self._stopping.is_set():
+            session = self._streams.session_of(self._stream, agreed, reader)
+            if session is not None:
+                self._session = session
+                return True
+            self._stand("waiting")
+            await reader.moved(WAIT_S)
+        return False
 
     def _check_decisions(self, agreed: Agreed) -> None:
         """Halt at a new decision about what an earlier life has submitted, whatever ended that life."""
         read, self._agreed = self._agreed, agreed
         if read is None:
             return
+        if agreed.ends_at is not None and self._submitted > agreed.ends_at:
+            reason = f"the stream was ended at {agreed.ends_at} when up to {self._submitted} was submitted already"
+            raise Halt("DECISION_CONFLICT", agreed.ends_at + 1, reason, _CONFLICT_STEP)
         for kind, first, last in (*(("gap", *gap) for gap in agreed.gaps), *(("reject", n, n) for n in agreed.rejects)):
             new = first
             while (gap := read.gap_at_or_after(new)) is not None and gap[0] <= new:
                 new = gap[1] + 1
             if new <= min(last, self._submitted) and new not in read.rejects:
                 reason = f"a {kind} of {first} to {last} was decided when up to {self._submitted} was submitted already"
-                step = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
-                raise Halt("DECISION_CONFLICT", new, reason, step)
-
-    def _unclaimed_session(self, reader: TapeReader) -> tuple[int, int | None] | None:
-        """Give the oldest session of the tape that no earlier stream has settled from it."""
-        said = self._said_before
-        claimed = said.get("session", 0) if said.get("stream") != self._stream else 0
-        return next(((row.session, row.engine_session) for row in reader.sessions() if row.session > claimed), None)
+                raise Halt("DECISION_CONFLICT", new, reason, _CONFLICT_STEP)
 
     # --- a tape that did not settle what the store holds: a new host, a lost tape ---
 
-    def _know_tape(self, reader: TapeReader, agreed: Agreed, start: State) -> None:
+    def _know_tape(self, agreed: Agreed, start: State) -> None:
         """Find out up to where the stream was settled from another tape than this one."""
-        said = self._said_before
-        self._tape_id = reader.tape_id
-        own = said.get("tape_id") == self._tape_id and said.get("stream") == self._stream
-        foreign_to = said.get("foreign_to", 0) if own else start.sequence
+        kept = self._streams.of(self._stream)
+        foreign_to = kept["foreign_to"] if kept is not None else start.sequence
         self._foreign_to = foreign_to if foreign_to >= agreed.first_sequence else 0
-        self._said_before = self.said()
+        self._streams.keep(self._stream, session=agreed.session, foreign_to=self._foreign_to, deletable=0)
         if self._foreign_to:
             self._foreign = ForeignPart(self.store, self._stream, agreed, self._foreign_to)
 
@@ -442,15 +497,18 @@ class Settler:
         halt, life = self.halted, self.life
         return {
             "stream": self._stream,
+            "configured": self._configured,
+            "first_sequence": self._first_sequence,
             "session": self._session,
-            "tape_id": self._tape_id,
+            "tape_id": self._streams.tape_id,
             "foreign_to": self._foreign_to,
+            "streams": self._streams.others(self._stream),
             "state": self.state,
             "halted": halt
             and {"code": halt.code, "sequence": halt.sequence, "reason": halt.reason, "next_step": halt.next_step},
             "acked": life.pipeline.acked.sequence if life else 0,
             "durable": life.durable.sequence if life else 0,
-            "deletable": life.deletable if life else 0,
+            "deletable": self._deletable(life.deletable) if life else 0,
             "life": self.lives,
             "unacked_batches": life.pipeline.unacked_batches if life else 0,
             "negative_balances": life.ledger.negative_total if life else 0,

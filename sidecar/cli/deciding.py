@@ -8,16 +8,17 @@ import time
 from contextlib import closing
 from typing import Any
 
+from sidecar import config as configuration
 from sidecar import decisions
 from sidecar.cli.looking import _number, status_of, with_store
-from sidecar.cli.running import load
+from sidecar.cli.running import load, load_here
 from sidecar.cli.show import table
 from sidecar.config import Config
 from sidecar.decisions import DecisionRefusedError
 from sidecar.errors import TapeMissingError, UsageError
 from sidecar.events import Decision
 from sidecar.store.base import Store
-from sidecar.tape import TapeReader, paused_path, read_settled
+from sidecar.tape import TapeReader, is_locked, paused_path, read_settled
 
 _NO_EVENT = (
     "GAP",
@@ -35,6 +36,12 @@ def add_verbs(verb: Any, group: Any) -> None:
     added = verb("reject", reject, "reject the event at which settlement is halted, and go on", _REJECT)
     added.add_argument("sequence", type=_number, metavar="SEQ")
     added.add_argument("--reason", required=True, metavar="TEXT")
+    parts = group("stream", "which of the engine's sessions is settled")
+    added = verb("next", stream_next, "go on with a new stream after SESSION_CHANGED", _NEXT, parents=parts)
+    added.add_argument("name", metavar="NAME", help="the new stream: any that no rows are under yet")
+    added.add_argument(
+        "--first-sequence", type=_number, metavar="N", help="where it begins (default: the session's first frame)"
+    )
     parts = group("gap", "sequences that never reached this host")
     verb("list", gap_list, "list holes of the tape, and accepted gaps", parents=parts)
     added = verb("accept", gap_accept, "decide that these sequences will never be posted on this stream", parents=parts)
@@ -43,12 +50,18 @@ def add_verbs(verb: Any, group: Any) -> None:
     added.add_argument("--reason", required=True, metavar="TEXT")
 
 
+_NEXT = """\
+the engine began anew, lost its journal or contradicted itself: what it publishes since then stands in another session
+of the tape. this decides that the old stream ends where settlement stands, and that the new one goes on with that
+session. a running sidecar follows once all of the old stream is durable, and so does every later start, until
+stream.name in the configuration is changed, too. balances are the sum over both. look with `sidecar tape info` first.
+"""
 _REJECT = "the event is kept in rejected_events with its payload; decisions are never taken back"
 
 
 def pause(given: argparse.Namespace) -> int:
     """Write the pause file."""
-    path = paused_path(load(given).tape.path)
+    path = paused_path(load_here(given).tape.path)
     said = {"reason": given.reason, "since_us": time.time_ns() // 1000, "by": decisions.decided_by()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(said))
@@ -58,7 +71,7 @@ def pause(given: argparse.Namespace) -> int:
 
 def resume(given: argparse.Namespace) -> int:
     """Remove the pause file."""
-    path = paused_path(load(given).tape.path)
+    path = paused_path(load_here(given).tape.path)
     was = path.exists()
     path.unlink(missing_ok=True)
     print(json.dumps({"paused": False}) if given.json else ("settlement goes on" if was else "it was not paused"))
@@ -76,7 +89,7 @@ def _decided(given: argparse.Namespace, made: Decision) -> int:
 
 def reject(given: argparse.Namespace) -> int:
     """Reject the event at which settlement is halted."""
-    config = load(given)
+    config = load_here(given)
     halted = (read_settled(config.tape.path) or {}).get("halted")
     if not halted or halted["sequence"] != given.sequence or halted["code"] in _NO_EVENT:
         where = f"halted by {halted['code']} at {halted['sequence']}" if halted else "not halted"
@@ -92,9 +105,68 @@ def reject(given: argparse.Namespace) -> int:
     return _decided(given, with_store(config, ask))
 
 
+def stream_next(given: argparse.Namespace) -> int:
+    """Begin the next stream."""
+    config, name = load(given), given.name
+    try:
+        configuration.load(given.config, [*given.set, f"stream.name={name}"])
+    except configuration.ConfigError as error:
+        raise UsageError(f"NAME {name!r}: {error}") from None
+    here = load_here(given)
+    stream = config.stream.name if here.stream.name == name else here.stream.name  # asked again: it is followed already
+
+    async def ask(store: Store) -> Decision:
+        made = await decisions.read_next(store, stream)
+        if made is not None and json.loads(made.body)["stream"] == name:
+            return made
+        with closing(TapeReader(config.tape.path)) as reader:
+            return await _decide_next(stream, name, given.first_sequence, reader, store)
+
+    made = with_store(config, ask)
+    if given.json:
+        return _decided(given, made)
+    print(f"stream {stream} ends at {made.last_sequence}, stream {name} goes on")
+    follows = "the running sidecar follows" if is_locked(config.tape.path, "settler") else "the next start follows"
+    print(
+        f"{follows} once all of {stream} is durable; set stream.name = {json.dumps(name)} when you have seen it do so"
+    )
+    return 0
+
+
+async def _decide_next(
+    stream: str, name: str, first_sequence: int | None, reader: TapeReader, store: Store
+) -> Decision:
+    told = read_settled(reader.path) or {}
+    halted = told.get("halted")
+    if told.get("stream") != stream or not halted or halted["code"] != "SESSION_CHANGED":
+        where = f"halted by {halted['code']}" if halted else "not halted"
+        raise DecisionRefusedError(
+            f"settlement of {stream} is {where}; a stream ends where SESSION_CHANGED halts it: see `sidecar status`"
+        )
+    if halted["sequence"] <= told["foreign_to"]:  # what this tape holds never was the stream's
+        session, ends_at = told["session"], (await store.load_state(stream))["durable"].sequence
+    else:
+        session = next(row.session for row in reader.sessions() if row.session > told["session"])
+        ends_at = halted["sequence"] - 1
+    runs = reader.runs(session).list()
+    if first_sequence is None and not runs:
+        raise DecisionRefusedError(f"session {session} has no frame yet; wait for one, or say --first-sequence")
+    return await decisions.begin_next(
+        store,
+        stream,
+        name,
+        ends_at=ends_at,
+        first_sequence=runs[0][0] if first_sequence is None else first_sequence,
+        session=session,
+        engine_session=next(row.engine_session for row in reader.sessions() if row.session == session),
+        tape_id=reader.tape_id,
+        now_us=time.time_ns() // 1000,
+    )
+
+
 def gap_accept(given: argparse.Namespace) -> int:
     """Accept a gap."""
-    config = load(given)
+    config = load_here(given)
     if not 1 <= given.first <= given.last:
         raise UsageError(f"FROM {given.first} TO {given.last}; 1 or more, and FROM at most TO, is allowed")
 
@@ -133,7 +205,7 @@ def _present(config: Config, session: int, first: int, last: int) -> list[int]:
 
 def gap_list(given: argparse.Namespace) -> int:
     """List holes and accepted gaps."""
-    config = load(given)
+    config = load_here(given)
 
     async def ask(store: Store) -> list[Decision]:
         return [entry for entry in await store.read_decisions(config.stream.name) if entry.kind == "gap"]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from sidecar import decisions
 from sidecar.batch import REJECTED_COLUMNS
-from sidecar.cli.running import load
+from sidecar.cli.running import load_here
 from sidecar.cli.show import amount, moment, table
 from sidecar.config import Config
 from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, TapeMissingError, UsageError
@@ -90,7 +90,7 @@ def _print(given: argparse.Namespace, said: Any, text: str) -> None:
 
 def status(given: argparse.Namespace) -> int:
     """Put together what the settler, the tape and the store say."""
-    said = status_of(load(given))
+    said = status_of(load_here(given))
     _print(given, said, _status_text(said))
     return 1 if said["state"] == "halted" else 0
 
@@ -216,7 +216,7 @@ def _asset_id(config: Config, text: str) -> int:
 
 def balance(given: argparse.Namespace) -> int:
     """Look up balances."""
-    config = load(given)
+    config = load_here(given)
     wanted = _asset_id(config, given.asset) if given.asset is not None else None
     rows = with_store(config, lambda store: store.get_user_balances(given.user))
     named = {asset.id: (name, asset.decimals) for name, asset in config.assets.items()}
@@ -252,7 +252,7 @@ def balance(given: argparse.Namespace) -> int:
 
 def trade(given: argparse.Namespace) -> int:
     """Look up a trade."""
-    config = load(given)
+    config = load_here(given)
     if given.symbol not in config.symbols:
         allowed = ", ".join(sorted(config.symbols))
         raise UsageError(f"symbol {given.symbol!r} is not configured; {allowed} are allowed")
@@ -268,7 +268,7 @@ def trade(given: argparse.Namespace) -> int:
 
 def schema_apply(given: argparse.Namespace) -> int:
     """Create missing tables."""
-    config = load(given)
+    config = load_here(given)
 
     async def apply() -> list[str]:
         store = open_store(config)
@@ -284,7 +284,7 @@ def schema_apply(given: argparse.Namespace) -> int:
 
 def schema_print(given: argparse.Namespace) -> int:
     """Show the statements."""
-    config = load(given)
+    config = load_here(given)
     sys.stdout.write(open_store(config).schema(config.symbols))
     return 0
 
@@ -294,7 +294,7 @@ def schema_print(given: argparse.Namespace) -> int:
 
 def rejected_list(given: argparse.Namespace) -> int:
     """List the newest rejected events."""
-    config = load(given)
+    config = load_here(given)
 
     async def ask(store: Store) -> list[tuple[Any, ...]]:
         newest: list[tuple[Any, ...]] = []
@@ -311,7 +311,7 @@ def rejected_list(given: argparse.Namespace) -> int:
 
 def rejected_show(given: argparse.Namespace) -> int:
     """Show one rejected event."""
-    config = load(given)
+    config = load_here(given)
     row = with_store(config, lambda store: store.get_rejected(config.stream.name, given.sequence))
     if row is None:
         _print(given, None, f"sequence {given.sequence} of stream {config.stream.name} was not rejected")
@@ -337,7 +337,7 @@ def _readable(payload: bytes) -> Any:
 
 def tape_info(given: argparse.Namespace) -> int:
     """Describe the tape."""
-    config = load(given)
+    config = load_here(given)
     with closing(TapeReader(config.tape.path)) as reader:
         sessions = [
             row._asdict()
@@ -369,7 +369,7 @@ def tape_info(given: argparse.Namespace) -> int:
 
 def tape_dump(given: argparse.Namespace) -> int:
     """Show recorded frames as JSON lines."""
-    config = load(given)
+    config = load_here(given)
     with closing(TapeReader(config.tape.path)) as reader:
         if given.malformed:
             for number, at_us, reason, frames in reader.malformed(given.limit):

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import replace
 from typing import Any
 
 import uvloop
@@ -13,6 +14,7 @@ import uvloop
 from sidecar import config as configuration
 from sidecar.cli import logs
 from sidecar.config import Config
+from sidecar.tape import read_settled
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,16 @@ compares every row and balance. exit 0 only when all agree.
 def load(given: argparse.Namespace) -> Config:
     """Read the configuration that a verb was given."""
     return configuration.load(given.config, given.set)
+
+
+def load_here(given: argparse.Namespace) -> Config:
+    """Read the configuration for a verb that asks about the stream: the one that settlement has gone on to here."""
+    config = load(given)
+    said = read_settled(config.tape.path) or {}
+    if said.get("configured") != config.stream.name or said["stream"] == config.stream.name:
+        return config
+    stream = replace(config.stream, name=said["stream"], first_sequence=said["first_sequence"])
+    return replace(config, stream=stream)
 
 
 def _serve(given: argparse.Namespace, **halves: bool) -> int:
