@@ -207,9 +207,14 @@ class Account:
 class Fold:
     """What the tables of one stream must hold after its events; takes each event once, in order."""
 
-    def __init__(self, rules: Rules, *, rejected: dict[int, str] | None = None) -> None:
-        """Begin an empty stream; `rejected` says what a person has decided to reject, and the codes."""
+    def __init__(self, rules: Rules, *, rejected: dict[int, str] | None = None, late: bool = False) -> None:
+        """Begin an empty stream; `rejected` says what a person has decided to reject, and the codes.
+
+        On a late stream trade ids need not rise, and each row says its origin.
+        """
         self._rules = rules
+        self._late = late
+        self._origin: int | None = None
         self._told = rejected or {}
         self._last_trade_ids: dict[str, int] = {}
         self.accounts: dict[tuple[int, int], Account] = {}
@@ -220,9 +225,11 @@ class Fold:
         self.rejected: dict[int, tuple[str, Event]] = {}
         self.events = self.trades = self.last_sequence = 0
 
-    def add(self, event: Event) -> None:
-        """Fold the next event; Halt when settlement can't go on here."""
+    def add(self, event: Event, number: int | None = None) -> None:
+        """Fold the next event; Halt when settlement can't go on here. On a late stream it has another number."""
         sequence: int = event["output_sequence"]
+        if number is not None:
+            self._origin, sequence = sequence, number
         code = self._told.get(sequence)
         if code is None and len(_pack(event)) > PAYLOAD_BYTES_MAX:
             code = "TOO_LARGE"
@@ -254,7 +261,7 @@ class Fold:
             return "AMOUNT_OVERFLOW"
         if buyer_fee > quantity or seller_fee > quote_amount:
             return "FEE_EXCEEDS_AMOUNT"
-        if trade_id <= self._last_trade_ids.get(symbol.name, 0):
+        if not self._late and trade_id <= self._last_trade_ids.get(symbol.name, 0):
             return "TRADE_ID_NOT_RISING"
         buyer, seller, revenue = event["buyer_user_id"], event["seller_user_id"], self._rules.revenue_user_id
         postings = [
@@ -297,7 +304,7 @@ class Fold:
             event["seller_quote_version"],
             event["settled_at"],
             event.get("ts_us"),
-            None,
+            self._origin,
         )
         self.trade_rows[symbol.name][trade_id] = marshal.dumps(row, 2)
         return None
@@ -320,7 +327,7 @@ class Fold:
             amount,
             event["related_id"],
             event["created_at"],
-            None,
+            self._origin,
         )
         return None
 
@@ -403,6 +410,18 @@ class Journal:
             self.faults.append(("JOURNAL_HOLE", self._next))
         while self._given_up(self._next) and self._next <= self._up_to:
             self._next += 1
+
+    def late_events(self, origins: list[int], corrected: Path | None) -> Iterator[Event]:
+        """Yield the events of these sequences, in this order: what a late stream holds; corrected ones as they are."""
+        with self._path.open(encoding="utf-8") as lines:
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        known = {entry["seq"]: entry["event"] for entry in entries if entry.get("run", 1) == self._run}
+        if corrected is not None:
+            for line in corrected.read_text().splitlines():
+                event = json.loads(line)
+                known[event["output_sequence"]] = event
+        for self._next, origin in enumerate(origins, 2):
+            yield known[origin]
 
     def _given_up(self, sequence: int) -> bool:
         return bool(self._gaps) and any(first <= sequence <= last for first, last in self._gaps)
@@ -820,6 +839,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SEQ:CODE",
         help="rejected by decision",
     )
+    add(
+        "--origins",
+        type=int,
+        nargs="+",
+        metavar="SEQ",
+        help="judge a late stream: these sequences of the journal, in this order",
+    )
+    add("--corrected", type=Path, metavar="FILE", help="with --origins: JSON lines of events that were made valid")
     add("--balances", type=Path, metavar="FILE", help="the engine's own final balances, [[user, asset, amount], ...]")
     add("--acks", type=Path, metavar="FILE", help='acknowledged batches, lines "first_sequence last_sequence acked_us"')
     add("--json", action="store_true", help="one JSON object on stdout")
@@ -828,16 +855,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def judge(args: argparse.Namespace) -> dict[str, Any]:
     """Return the report; errors of files, JSON and stores pass through."""
-    fold = Fold(Rules(json.loads(args.rules.read_text())), rejected=dict(args.rejected))
+    late = args.origins is not None
+    fold = Fold(Rules(json.loads(args.rules.read_text())), rejected=dict(args.rejected), late=late)
     journal = Journal(
         args.journal, run=args.run, first_sequence=args.first_sequence, up_to=args.up_to, gaps=args.accepted_gaps
     )
     halted: dict[str, Any] | None = None
     next_sequence = None
-    for event in journal.events():
+    events = journal.late_events(args.origins, args.corrected) if late else journal.events()
+    for number, event in enumerate(events, 1):
         if halted is None:
             try:
-                fold.add(event)
+                fold.add(event, number if late else None)
             except Halt as halt:
                 next_sequence = event["output_sequence"]
                 halted = {"sequence": next_sequence, "code": str(halt)}

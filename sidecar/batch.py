@@ -116,7 +116,7 @@ def take(
             name, trade_id = symbol.name, event[1]
             row = (
                 trade_id // symbol.page_width, trade_id, stream, event[0], *event[2:11], quote_amount,
-                *event[12:22], None,
+                *event[12:22], event[24],
             )  # fmt: skip
             if name in trades:
                 trades[name].append(row)
@@ -124,7 +124,7 @@ def take(
                 trades[name] = [row]
             last_trade_ids[name] = trade_id
         elif type(event) is LedgerEvent:
-            ledger_events.append((stream, last_sequence // ROW_PAGE_WIDTH, last_sequence, *event[1:7], None))
+            ledger_events.append((stream, last_sequence // ROW_PAGE_WIDTH, last_sequence, *event[1:7], event[10]))
         elif type(event) is Refused:
             kept = event.payload[:PAYLOAD_KEPT_BYTES_MAX]
             page = last_sequence // ROW_PAGE_WIDTH

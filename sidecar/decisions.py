@@ -26,7 +26,8 @@ class Agreed:
 
     `session` is the stream's on the tape `tape_id`, whose settler wrote the genesis; `engine_session` the key that its
     frames carried there. Other tapes count their sessions for themselves. `ends_at` is the last sequence that is ever
-    settled on the stream, once `next_stream` goes on after it.
+    settled on the stream, once `next_stream` goes on after it. `late_tape_id` is the tape that numbers a late stream;
+    0 when that one was lost and the stream is closed.
     """
 
     symbols: Symbols
@@ -40,6 +41,7 @@ class Agreed:
     decisions_read: int
     ends_at: int | None = None
     next_stream: str | None = None
+    late_tape_id: int | None = None
     warnings: tuple[str, ...] = ()
 
     def gap_at_or_after(self, sequence: int) -> tuple[int, int] | None:
@@ -106,7 +108,7 @@ async def agree(
     assets = {"assets": rules["assets"], "symbols": {}}
 
     def judge_keyspace(log: list[Decision]) -> Decision | None:
-        added, _ = added_rules(_rules(log), assets)
+        added, _ = added_rules(rules_of(log), assets)
         if not added["assets"]:
             return None
         return decision("rules", now_us, reason="assets configured", body={"assets": added["assets"]})
@@ -122,7 +124,7 @@ async def agree(
                 tape_id=tape_id,
                 rules=rules,
             )
-        added, lacking = added_rules(_rules(log), rules)
+        added, lacking = added_rules(rules_of(log), rules)
         warnings.extend(line for line in lacking if line not in warnings)
         if not (added["assets"] or added["symbols"]):
             return None
@@ -152,10 +154,11 @@ def _said(log: list[Decision]) -> dict[str, Any]:
     assert log[0].kind == "genesis"
     begun = json.loads(log[0].body)
     following = next((entry for entry in log if entry.kind == "next"), None)
+    owners = [json.loads(entry.body) for entry in log if entry.kind == "late_owner"]
     ranges = [(d.kind, d.first_sequence or 0, d.last_sequence or 0) for d in log if d.kind in ("gap", "reject")]
     stamps = [json.loads(entry.body)["base_us"] for entry in log if entry.kind == "stamp"]
     return {
-        "symbols": Symbols(_rules(log)),
+        "symbols": Symbols(rules_of(log)),
         "first_sequence": log[0].first_sequence,
         "session": begun["session"],
         "engine_session": begun.get("engine_session"),
@@ -168,10 +171,12 @@ def _said(log: list[Decision]) -> dict[str, Any]:
         "decisions_read": len(log),
         "ends_at": following and following.last_sequence,
         "next_stream": following and json.loads(following.body)["stream"],
+        "late_tape_id": owners[-1]["tape_id"] if owners else None,
     }
 
 
-def _rules(log: list[Decision]) -> dict[str, Any]:
+def rules_of(log: list[Decision]) -> dict[str, Any]:
+    """Give the rules that a log has agreed on: its genesis and what was added."""
     entries = []
     for entry in log:
         if entry.kind in ("genesis", "rules"):
@@ -200,7 +205,7 @@ async def begin_next(
     old = await store.read_decisions(stream)
     if not old:
         raise DecisionRefusedError(f"stream {stream} has no genesis; there is nothing to go on from")
-    rules = _rules(old)
+    rules = rules_of(old)
 
     def judge_new(log: list[Decision]) -> Decision | None:
         if not log:

@@ -12,7 +12,10 @@ I63_MAX = 2**63 - 1
 
 
 class Trade(NamedTuple):
-    """An executed trade (wire.md, Trade). Optional fields that the frame lacked are None."""
+    """An executed trade (wire.md, Trade). Optional fields that the frame lacked are None.
+
+    `origin_sequence` is only known on a late stream: its sequence where it belongs (late.py).
+    """
 
     output_sequence: int
     trade_id: int
@@ -38,10 +41,14 @@ class Trade(NamedTuple):
     ts_us: int | None
     session: int | None
     payload: bytes
+    origin_sequence: int | None = None
 
 
 class LedgerEvent(NamedTuple):
-    """A deposit, withdrawal or adjustment (wire.md, Ledger event); `amount` as sent, in smallest units."""
+    """A deposit, withdrawal or adjustment (wire.md, Ledger event); `amount` as sent, in smallest units.
+
+    `origin_sequence` as of a Trade.
+    """
 
     output_sequence: int
     event_type: str
@@ -53,6 +60,7 @@ class LedgerEvent(NamedTuple):
     ts_us: int | None
     session: int | None
     payload: bytes
+    origin_sequence: int | None = None
 
 
 class Refused(NamedTuple):

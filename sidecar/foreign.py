@@ -44,7 +44,7 @@ class ForeignPart:
             gap = self._agreed.gap_at_or_after(sequence)
             events = [] if gap and gap[0] <= sequence else reader.read(self._agreed.session, sequence - 1, 1)
             for event in events:
-                if not await self._is_settled(event):
+                if not await self.is_settled(event):
                     reason = f"sequence {sequence} on this tape is not what stream {self._stream} settled under it"
                     raise Halt("SESSION_CHANGED", sequence, reason, SESSION_STEP)
             self._compared.add(sequence)
@@ -60,7 +60,8 @@ class ForeignPart:
                     return wanted
         return wanted
 
-    async def _is_settled(self, event: Event) -> bool:
+    async def is_settled(self, event: Event) -> bool:
+        """Say whether the store has an event under its sequence, as it is."""
         rejected = await self._store.get_rejected(self._stream, event.output_sequence)
         if rejected is not None:
             return bytes(rejected["payload"]) == event.payload[:PAYLOAD_KEPT_BYTES_MAX]

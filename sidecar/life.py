@@ -61,6 +61,7 @@ class Life:
         batch_trades_max: int,
         spawn: Callable[[Awaitable[None]], object],
         now_us: Callable[[], int],
+        trade_ids_rise: bool = True,
         on_submit: Callable[[Batch], None] = lambda _: None,
         on_ack: Callable[[Batch], None] = lambda _: None,
     ) -> None:
@@ -73,6 +74,7 @@ class Life:
             base_us=agreed.base_us,
             state=start,
             rejects=agreed.rejects,
+            trade_ids_rise=trade_ids_rise,
         )
         self.pipeline = Pipeline(
             stream=stream,

@@ -8,6 +8,7 @@ taken from the socket, what was taken is put on the tape, what is under way to t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -20,6 +21,7 @@ from sidecar import decisions, wire
 from sidecar.config import CassandraSection, Config, ConfigError, read_secret
 from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError
 from sidecar.events import Refused, Trade
+from sidecar.late import LOOK_EVERY_S, LateReading, readings
 from sidecar.ledger import before
 from sidecar.life import Bounds, Life, until_known
 from sidecar.record import Recorder
@@ -131,6 +133,36 @@ def make_settler(config: Config, store: Store, tail: Tail | None) -> Settler:
     )
 
 
+def make_late_settler(config: Config, store: Store, reading: LateReading) -> Settler:
+    """Make the settler of a late stream; it heeds the same pause."""
+    return Settler(
+        store=store,
+        tape_path=config.tape.path,
+        tail=None,
+        stream=reading.stream,
+        first_sequence=1,
+        rules=config.rules(),
+        bounds=bounds_of(config),
+        late=reading,
+    )
+
+
+async def settle_late(config: Config, stopping: asyncio.Event) -> None:
+    """Settle late truths, also those that are posted later, each late stream by a settler and a store of its own."""
+    settlers: dict[str, Settler] = {}
+    async with asyncio.TaskGroup() as parts:
+        while not stopping.is_set():
+            for reading in readings(config.tape.path):
+                if reading.stream not in settlers:
+                    settlers[reading.stream] = settler = make_late_settler(config, open_store(config), reading)
+                    parts.create_task(_settle(settler))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await stopping.wait()
+        for settler in settlers.values():
+            settler.stop()
+
+
 async def serve(config: Config, *, record: bool, settle: bool) -> None:
     """Run until SIGTERM or SIGINT. Raises what ended a half: the process must then end too."""
     loop = asyncio.get_running_loop()
@@ -156,6 +188,7 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
                 held = lock(config.tape.path, "settler")
                 settler = make_settler(config, open_store(config), tape.tail if tape is not None else None)
                 parts.create_task(_settle(settler))
+                parts.create_task(settle_late(config, stopping))
                 halves.append(settler)
             await stopping.wait()
             log.info("stopping", extra={"stream": config.stream.name})

@@ -30,6 +30,7 @@ from sidecar.errors import (
 )
 from sidecar.events import I63_MAX, Event, State
 from sidecar.foreign import SESSION_STEP, ForeignPart
+from sidecar.late import LateReading, not_ours
 from sidecar.ledger import before
 from sidecar.life import TICK_S, WAIT_S, Bounds, Life, until_known
 from sidecar.store.base import Store
@@ -59,9 +60,13 @@ class Settler:
         gap_after_s: float = 5.0,
         replay_configured: bool = False,
         ack_log: Path | None = None,
+        late: LateReading | None = None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
-        """Take the store, the tape's path (and its tail, with the recorder in this process), the stream, its rules."""
+        """Take the store, the tape's path (and its tail, with the recorder in this process), the stream, its rules.
+
+        With `late` it is a late stream that is settled, from the late tape beside that path.
+        """
         self.store = store
         self.state = "waiting"
         self.halted: Halt | None = None
@@ -92,6 +97,8 @@ class Settler:
         self._ack_log: IO[bytes] | None = None
         self._notes = bytearray()
         self._ack_log_path = ack_log
+        self._late = late
+        self._told_path = late.told_path if late is not None else tape_path
         self._tick_s = min(TICK_S, bounds.durable_after_s / 2)
 
     def stop(self) -> None:
@@ -104,7 +111,7 @@ class Settler:
         """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
         if self._ack_log_path is not None:
             self._ack_log = self._ack_log_path.open("ab", buffering=0)  # a kill loses no line
-        self._streams = Streams(read_settled(self._tape_path))
+        self._streams = Streams(read_settled(self._told_path))
         self._remember()  # so that a kill right after the next line forgets nothing
         self._say()
         try:
@@ -162,6 +169,8 @@ class Settler:
             if agreed is None:
                 return
             self._check_decisions(agreed)
+            if self._late is not None and agreed.late_tape_id != reader.tape_id:
+                raise not_ours(self._stream, reader, agreed.late_tape_id)
             await self.store.ready_for(agreed.symbols.symbols)
             state = (await self.store.load_state(self._stream)).get("durable")
             start = state or before(agreed.first_sequence, agreed.base_us)
@@ -184,6 +193,7 @@ class Settler:
                     on_submit=self._note_submit,
                     on_ack=self._note_ack,
                     now_us=self._now_us,
+                    trade_ids_rise=self._late is None,
                 )
                 log.info("life_begins", extra={"life": self.lives, "durable": start.sequence, "stream": self._stream})
                 self._stand("running")
@@ -357,7 +367,7 @@ class Settler:
     async def _tape(self) -> TapeReader | None:
         while not self._stopping.is_set():
             try:
-                return TapeReader(self._tape_path, self._tail)
+                return self._late.reader() if self._late is not None else TapeReader(self._tape_path, self._tail)
             except TapeMissingError:
                 self._stand("waiting")
                 await self._stopped_within(WAIT_S)
@@ -517,7 +527,7 @@ class Settler:
         }
 
     def _say(self) -> None:
-        write_settled(self._tape_path, self.said())
+        write_settled(self._told_path, self.said())
 
 
 def _damaged(damaged: TapeDamagedError, life: Life) -> Halt:

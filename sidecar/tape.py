@@ -238,7 +238,7 @@ class Tape:
         self._now_us = now_us
         self._lock = lock(path, "recorder")
         try:
-            self._db = _connect_writer(path)
+            self._db = connect_writer(path)
         except BaseException:
             self._lock.close()
             raise
@@ -734,7 +734,8 @@ def is_locked(path: Path, role: str) -> bool:
 # --- SQLite ---------------------------------------------------------------------------------------------------------
 
 
-def _connect_writer(path: Path) -> sqlite3.Connection:
+def connect_writer(path: Path) -> sqlite3.Connection:
+    """Open or make a file of the tape's form, to write to. Raises TapeError when it is another's, or can't be used."""
     db = None
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)

@@ -116,8 +116,8 @@ class _TradeFrame(msgspec.Struct, kw_only=True, gc=False):
 
 _sound_trade = msgspec.msgpack.Decoder(_TradeFrame).decode
 _trade_of: Final[Callable[[tuple[Any, ...]], Trade]] = partial(tuple.__new__, Trade)  # half of what `_make` costs
-_TRADE_FIELDS: Final = len(Trade._fields) - 1  # and the payload
-assert _TradeFrame.__struct_fields__[:_TRADE_FIELDS] == Trade._fields[:-1]
+_TRADE_FIELDS: Final = len(Trade._fields) - 2  # and the payload; no frame says its origin
+assert _TradeFrame.__struct_fields__[:_TRADE_FIELDS] == Trade._fields[:-2]
 
 _SCALARS: Final = frozenset({int, bool, float, str, bytes, type(None)})
 _show = reprlib.Repr()
@@ -131,7 +131,7 @@ def decode(payload: bytes) -> Event | Heartbeat:
     """
     if len(payload) <= PAYLOAD_BYTES_MAX:
         try:
-            return _trade_of((*astuple(_sound_trade(payload))[:_TRADE_FIELDS], payload))
+            return _trade_of((*astuple(_sound_trade(payload))[:_TRADE_FIELDS], payload, None))
         except (msgspec.MsgspecError, RecursionError):
             pass
     fields = _unpack(payload)

@@ -69,7 +69,7 @@ def _tell(given: argparse.Namespace, error: SidecarError) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sidecar.cli import deciding, looking, running
+    from sidecar.cli import bringing, deciding, looking, running
 
     parser = argparse.ArgumentParser(
         prog="sidecar",
@@ -96,11 +96,17 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    def group(name: str, says: str) -> Any:
-        added = verbs.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
-        return added.add_subparsers(dest="part", metavar="WHAT", required=True)
+    groups: dict[str, Any] = {}
+
+    def group(name: str, says: str = "") -> Any:
+        """Give a group's verbs, begun by the room that says what it is."""
+        if name not in groups:
+            added = verbs.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
+            groups[name] = added.add_subparsers(dest="part", metavar="WHAT", required=True)
+        return groups[name]
 
     running.add_verbs(verb)
     looking.add_verbs(verb, group)
     deciding.add_verbs(verb, group)
+    bringing.add_verbs(verb, group)
     return parser

@@ -17,6 +17,7 @@ from sidecar.cli.show import amount, moment, table
 from sidecar.config import Config
 from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, TapeMissingError, UsageError
 from sidecar.events import I63_MAX
+from sidecar.late import standing
 from sidecar.service import open_store
 from sidecar.store.base import Store
 from sidecar.tape import TapeReader, is_locked, paused_path, read_settled
@@ -43,10 +44,12 @@ def add_verbs(verb: Any, group: Any) -> None:
     parts = group("rejected", "events that were refused, kept with their payload")
     added = verb("list", rejected_list, "list rejected events", parents=parts)
     added.add_argument("--limit", type=_number, default=100, metavar="N", help="the newest N (default 100)")
+    added.add_argument("--stream", metavar="NAME", help="of another stream, such as main/late")
     added = verb(
         "show", rejected_show, "show one rejected event and its payload; exit 1 when there is none", parents=parts
     )
     added.add_argument("sequence", type=_number, metavar="SEQ")
+    added.add_argument("--stream", metavar="NAME", help="of another stream, such as main/late")
 
     parts = group("tape", "the recorded stream on this host's disk")
     verb("info", tape_info, "sessions, positions, holes, sizes", parents=parts)
@@ -90,9 +93,10 @@ def _print(given: argparse.Namespace, said: Any, text: str) -> None:
 
 def status(given: argparse.Namespace) -> int:
     """Put together what the settler, the tape and the store say."""
-    said = status_of(load_here(given))
+    config = load_here(given)
+    said = status_of(config) | {"late": standing(config.tape.path)}
     _print(given, said, _status_text(said))
-    return 1 if said["state"] == "halted" else 0
+    return 1 if said["state"] == "halted" or any(late["halted"] for late in said["late"]) else 0
 
 
 def status_of(config: Config) -> dict[str, Any]:
@@ -198,6 +202,10 @@ def _status_text(said: dict[str, Any]) -> str:
         halted = said["halted"]
         lines += [f"  HALTED: {halted['code']} at sequence {halted['sequence']}: {halted['reason']}"]
         lines += [f"  next step: {halted['next_step']}"]
+    for late in said["late"]:
+        halted = late["halted"]
+        about = f"HALTED: {halted['reason']}; next step: {halted['next_step']}" if halted else late["state"]
+        lines.append(f"  late truths, {late['stream']}: taped {late['taped']}, acked {late['acked']}, {about}")
     if "tape" in said:
         lines.append(f"  {said['tape']}")
     return "\n".join(lines)
@@ -295,26 +303,28 @@ def schema_print(given: argparse.Namespace) -> int:
 def rejected_list(given: argparse.Namespace) -> int:
     """List the newest rejected events."""
     config = load_here(given)
+    stream = given.stream or config.stream.name
 
     async def ask(store: Store) -> list[tuple[Any, ...]]:
         newest: list[tuple[Any, ...]] = []
-        async for rows in store.scan_rejected(config.stream.name, 0, I63_MAX):
+        async for rows in store.scan_rejected(stream, 0, I63_MAX):
             newest = [*newest, *rows][-given.limit :] if given.limit else []
         return newest
 
     rows = [dict(zip(REJECTED_COLUMNS, row, strict=True)) for row in with_store(config, ask)]
     said = [{key: row[key] for key in ("output_sequence", "code", "reason")} for row in rows]
     text = table(("sequence", "code", "reason"), [row.values() for row in said])  # type: ignore[misc]
-    _print(given, {"stream": config.stream.name, "rejected": said}, text if said else "nothing was rejected")
+    _print(given, {"stream": stream, "rejected": said}, text if said else "nothing was rejected")
     return 0
 
 
 def rejected_show(given: argparse.Namespace) -> int:
     """Show one rejected event."""
     config = load_here(given)
-    row = with_store(config, lambda store: store.get_rejected(config.stream.name, given.sequence))
+    stream = given.stream or config.stream.name
+    row = with_store(config, lambda store: store.get_rejected(stream, given.sequence))
     if row is None:
-        _print(given, None, f"sequence {given.sequence} of stream {config.stream.name} was not rejected")
+        _print(given, None, f"sequence {given.sequence} of stream {stream} was not rejected")
         return 1
     payload = bytes(row.pop("payload"))
     said = row | {"payload_hex": payload.hex(), "decoded": _readable(payload)}

@@ -136,6 +136,10 @@ class Store(ABC):
         """Give one rejected event's row by column name."""
 
     @abstractmethod
+    async def resolve_rejected(self, stream: str, output_sequence: int, resolution: str, now_us: int) -> None:
+        """Say at a rejected event's row what was done about it, written at the wall-clock time `now_us`."""
+
+    @abstractmethod
     async def get_ledger_event(self, stream: str, output_sequence: int) -> dict[str, Any] | None:
         """Give one ledger event's row by column name."""
 

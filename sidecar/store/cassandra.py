@@ -841,6 +841,15 @@ class CassandraStore(Store):
         """Read one row."""
         return await self._one("rejected_events", (*REJECTED_COLUMNS, "resolution"), stream, output_sequence)
 
+    async def resolve_rejected(self, stream: str, output_sequence: int, resolution: str, now_us: int) -> None:
+        """Write one column of one row."""
+        query = (
+            f"UPDATE {self._keyspace}.rejected_events USING TIMESTAMP ? SET resolution = ?"
+            " WHERE stream = ? AND page = ? AND output_sequence = ?"
+        )
+        values = (now_us, resolution, stream, output_sequence // ROW_PAGE_WIDTH, output_sequence)
+        await self._select(query, values)
+
     async def get_ledger_event(self, stream: str, output_sequence: int) -> dict[str, Any] | None:
         """Read one row."""
         return await self._one("ledger_events", LEDGER_COLUMNS, stream, output_sequence)

@@ -309,7 +309,7 @@ def test_an_unknown_key_spoils_nothing_whatever_it_is(build: Any, name: str) -> 
     event = wire.decode(payload)
     assert isinstance(event, Trade | LedgerEvent)
     assert isinstance(plain, Trade | LedgerEvent)
-    assert event[:-1] == plain[:-1]
+    assert event._replace(payload=b"") == plain._replace(payload=b"")
     assert event.payload == payload
     assert wire.same(payload, plain.payload)
 
