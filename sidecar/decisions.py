@@ -100,10 +100,11 @@ async def agree(
     tape_id: int | None = None,
     rules: dict[str, Any],
     now_us: int,
+    also: dict[str, Any] | None = None,
 ) -> Agreed:
     """Read the stream's log, writing its genesis or the configuration's additions first where they are missing.
 
-    Raises RulesChangedError when the configuration contradicts the log.
+    `also` is kept in the genesis. Raises RulesChangedError when the configuration contradicts the log.
     """
     assets = {"assets": rules["assets"], "symbols": {}}
 
@@ -123,6 +124,7 @@ async def agree(
                 engine_session=engine_session,
                 tape_id=tape_id,
                 rules=rules,
+                **(also or {}),
             )
         added, lacking = added_rules(rules_of(log), rules)
         warnings.extend(line for line in lacking if line not in warnings)

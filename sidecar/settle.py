@@ -92,6 +92,7 @@ class Settler:
         self._paused = False
         self._session = 0
         self._streams = Streams(None)
+        self._was_durable = 0  # as the settler before this one said: a store that knows less was set back
         self._foreign_to = 0
         self._foreign: ForeignPart | None = None
         self._ack_log: IO[bytes] | None = None
@@ -111,7 +112,9 @@ class Settler:
         """Settle until `stop`. Raises only what no new life can mend (RulesChangedError, bugs)."""
         if self._ack_log_path is not None:
             self._ack_log = self._ack_log_path.open("ab", buffering=0)  # a kill loses no line
-        self._streams = Streams(read_settled(self._told_path))
+        told = read_settled(self._told_path) or {}
+        self._streams = Streams(told)
+        self._was_durable = told.get("durable", 0) if told.get("stream") == self._stream else 0
         self._remember()  # so that a kill right after the next line forgets nothing
         self._say()
         try:
@@ -177,6 +180,9 @@ class Settler:
             if agreed.ends_at is not None and start.sequence >= agreed.ends_at:
                 self._go_on(agreed, start.sequence)
                 return
+            if start.sequence < self._was_durable:
+                was, self._was_durable = self._was_durable, 0
+                log.warning("store_is_older", extra={"stream": self._stream, "durable": start.sequence, "was": was})
             if not await self._find_session(reader, agreed):
                 return
             agreed = replace(agreed, session=self._session)
@@ -284,7 +290,7 @@ class Settler:
         self._stream = agreed.next_stream
         self._remember()
         self.life = self._agreed = self._hole_since = self._foreign = None
-        self._submitted = 0
+        self._submitted = self._was_durable = 0
         self._say()
 
     def _remember(self) -> None:
@@ -319,13 +325,32 @@ class Settler:
             elif self._on_gap == "halt" and (stood_s >= self._gap_after_s or not self._replay_configured):
                 accept = f"sidecar gap accept {first} {last} --reason '…'"
                 step = f"find the frames (an archive, another host's tape), or give them up: `{accept}`"
-                self._halt(Halt("GAP", first, f"sequences {first} to {last} never reached this tape", step))
+                reason, step = self._deleted(reader, first, last) or (
+                    f"sequences {first} to {last} never reached this tape",
+                    step,
+                )
+                self._halt(Halt("GAP", first, reason, step))
         elif look.newer_session is not None:
             reason = f"the engine began anew or contradicted itself: the tape goes on in session {look.newer_session}"
             self._halt(Halt("SESSION_CHANGED", position + 1, reason, SESSION_STEP))
         else:
             self._hole_since = None
             self._stand("running")
+
+    def _deleted(self, reader: TapeReader, first: int, last: int) -> tuple[str, str] | None:
+        """Say what is known of a hole that was on this tape once: the store that had settled it has it no more."""
+        pruned_to = next((row.pruned_to for row in reader.sessions() if row.session == self._session), 0)
+        if first > pruned_to:
+            return None
+        reason = (
+            f"sequences {first} to {last} were settled, durable and deleted from this tape, but the store does not have"
+            " them: it was set back to an older copy, or is another one"
+        )
+        step = (
+            f"the right store, or a newer copy of it; else `sidecar gap accept {first} {last} --reason '…'`, then bring"
+            " them in with `sidecar backfill FILE` from another host's tape or an archive"
+        )
+        return reason, step
 
     async def _record_gap(self, first: int, last: int) -> None:
         reason = f"on_gap = record: stood for {self._gap_after_s} s, nobody serves the past"

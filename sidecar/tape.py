@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 APPLICATION_ID: Final = 0x53434152  # "SCAR"
+_UPGRADES: Final[dict[int, str]] = {}  # by format: what makes the next one of it, in the same transaction
 _PRUNE_ROWS: Final = 5_000
 _SIZE_LOOK_FRAMES: Final = 64  # the size is looked at once in so many frames: at most 256 KiB over its bound
 _NO_SPACE: Final = (sqlite3.SQLITE_FULL,)
@@ -464,8 +465,11 @@ class Tape:
             (session, deletable, _PRUNE_ROWS),
         ).fetchall()
         pruned_to = count = 0
+        now_us = self._now_us()
         for sequence, recorded_at_us in rows:
-            if recorded_at_us >= older_than_us:
+            if (
+                older_than_us <= recorded_at_us <= now_us
+            ):  # one from the future was recorded before the clock was set back
                 break
             pruned_to, count = sequence, count + 1
         if not count:
@@ -610,12 +614,13 @@ class TapeReader:
         return Look(hole if hole and hole[0] == after + 1 else None, newer)
 
     def holes(self, session: int, after: int) -> list[tuple[int, int]]:
-        """Give the missing ranges of a session above a position."""
+        """Give the missing ranges of a session above a position; what was deleted is missing, too."""
         row = next((row for row in self.sessions() if row.session == session), None)
         if row is None:
             return []
         runs = self.runs(session)
-        return list(runs.holes(after + 1, max(runs.head, row.announced_to)))
+        pruned = [(after + 1, row.pruned_to)] if after < row.pruned_to else []
+        return pruned + list(runs.holes(max(after, row.pruned_to) + 1, max(runs.head, row.announced_to)))
 
     async def moved(self, timeout_s: float) -> None:
         """Wait until there may be something new (or the time is up): told by the recorder here, else asked for."""
@@ -746,17 +751,34 @@ def connect_writer(path: Path) -> sqlite3.Connection:
             tape_id = f"INSERT INTO meta VALUES ('tape_id', {secrets.randbits(62)});"  # noqa: S608 - a number
             marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT};"
             db.executescript(f"BEGIN; {_TABLES} {tape_id} {marks} COMMIT;")
-        elif found != APPLICATION_ID or version != FORMAT:
-            db.close()
+            version = FORMAT
+        elif found != APPLICATION_ID:
             raise TapeError(
-                f"{path} is no tape of this release (application_id {found:#x}, format {version}; {APPLICATION_ID:#x}"
-                f" and {FORMAT} are read); name another file as tape.path"
+                f"{path} is no tape (application_id {found:#x}, {APPLICATION_ID:#x} is wanted); name another file as"
+                " tape.path"
             )
+        elif version > FORMAT:
+            raise _too_new(path, version)
+        while version < FORMAT:
+            log.warning("tape_upgraded", extra={"path": str(path), "from": version, "to": version + 1})
+            version += 1
+            db.executescript(f"BEGIN IMMEDIATE; {_UPGRADES[version - 1]} PRAGMA user_version = {version}; COMMIT;")
     except sqlite3.Error as error:
         if db is not None:
             db.close()
         raise TapeError(f"{path}: {error}; is tape.path a writable file on a local disk?") from error
+    except BaseException:
+        if db is not None:
+            db.close()
+        raise
     return db
+
+
+def _too_new(path: Path, version: int) -> TapeError:
+    return TapeError(
+        f"{path} has format {version}, of a newer release; this one reads up to {FORMAT}: start the newer release, or"
+        " name another file as tape.path"
+    )
 
 
 def _connect_reader(path: Path) -> sqlite3.Connection:
@@ -770,6 +792,12 @@ def _connect_reader(path: Path) -> sqlite3.Connection:
         if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             db.close()
             raise TapeMissingError(f"{path} is no tape, or not made yet")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version != FORMAT:
+            db.close()
+            if version > FORMAT:
+                raise _too_new(path, version)
+            raise TapeMissingError(f"{path} has format {version}: a start of the recorder makes {FORMAT} of it")
     except sqlite3.Error as error:
         if db is not None:
             db.close()

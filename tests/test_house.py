@@ -22,7 +22,7 @@ FLOORS = {
     0: {"errors", "events"},
     1: {"wire", "symbols", "ledger", "batch"},
     2: {"disk", "feed", "replay", "tape", "store", "metrics"},
-    3: {"decisions", "record", "pipeline", "foreign", "life", "streams", "late", "settle", "reconcile"},
+    3: {"decisions", "record", "pipeline", "foreign", "life", "streams", "late", "opening", "settle", "reconcile"},
     4: {"config", "service", "admin", "cli", "demo"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

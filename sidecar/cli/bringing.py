@@ -1,4 +1,7 @@
-"""The verbs that bring in what a stream lacks: rejected resubmit, backfill. Each may be said again, after any crash."""
+"""The verbs that bring in what a stream lacks: rejected resubmit, backfill, import-balances.
+
+Each may be said again, after any crash.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar import decisions, wire
+from sidecar import decisions, opening, wire
 from sidecar.cli.looking import _number, with_store
 from sidecar.cli.running import load_here
+from sidecar.cli.show import amount, table
 from sidecar.config import Config
 from sidecar.decisions import Agreed, DecisionRefusedError
 from sidecar.errors import Halt, MalformedFrameError, TapeMissingError, UsageError
@@ -23,6 +27,7 @@ from sidecar.events import Event
 from sidecar.foreign import EVENTS_MAX, ForeignPart
 from sidecar.late import Claim, Late, LateTape, Poster, claim, decoded
 from sidecar.life import TICK_S
+from sidecar.service import bounds_of
 from sidecar.store.base import Store
 from sidecar.tape import TapeReader, is_locked
 
@@ -46,11 +51,22 @@ def add_verbs(verb: Any, group: Any) -> None:
     added.add_argument("--stream", metavar="NAME", help="whose events they are (default: the one that is settled)")
     added.add_argument("--lost-late-tape", action="store_true", help=_LOST)
 
+    added = verb("import-balances", import_balances, "bring in the balances that users had before, once", _IMPORT)
+    added.add_argument("file", type=Path, metavar="FILE", help="CSV: user_id,asset,amount; see below")
+    added.add_argument("--decimals", action="store_true", help="amounts are whole units with a point: 1.5 is 1.5 btc")
+    added.add_argument("--dry-run", action="store_true", help="read and check the file, show the sums, change nothing")
 
+
+_IMPORT = """\
+FILE is a CSV file with a line for each user and asset, a header `user_id,asset,amount` or these three columns:
+  7,btc,150000000           asset by name or id; the amount in smallest units (with --decimals: 1.50000000)
+the balances become ledger events (ADJUSTMENT) of the stream NAME/import, once: the same file again does nothing,
+another one is refused, what was interrupted is gone on with. a balance may be negative. it may be done at any time.
+"""
 _LOST = "the late tape that numbers the late stream is lost for good: close it and begin another"
 _FORM = """\
-an event in JSON is the map of the wire's keys, {"output_sequence": 7, "trade_id": …}, or has it under "event" (as in the
-lines of `sidecar tape dump`), or is the exact payload: {"payload_hex": "8e…"}.
+an event in JSON is the map of the wire's keys, {"output_sequence": 7, "trade_id": …}, or has it under "event" (as the
+lines of `sidecar tape dump` do), or is the exact payload: {"payload_hex": "8e…"}.
 """
 _RESUBMIT = f"""\
 without --with, the payload that was kept is settled: for events that an operator rejected, or whose trade id did not
@@ -329,10 +345,10 @@ def backfill(given: argparse.Namespace) -> int:
     async def ask(store: Store) -> dict[str, Any]:
         agreed = await _agreed(store, stream)
         positions = await store.load_state(stream)
-        durable = positions["durable"].sequence if "durable" in positions else 0
+        acked, durable = (positions[kind].sequence if kind in positions else 0 for kind in ("acked", "durable"))
         with closing(_Source(given.file, given.session, stream, agreed, store)) as source:
             await source.check(durable)
-            return await _post_missing(config, given, store, stream, agreed, source)
+            return await _post_missing(config, given, store, stream, agreed, acked, source)
 
     said = with_store(config, ask)
     if given.json:
@@ -343,7 +359,13 @@ def backfill(given: argparse.Namespace) -> int:
 
 
 async def _post_missing(
-    config: Config, given: argparse.Namespace, store: Store, stream: str, agreed: Agreed, source: _Source
+    config: Config,
+    given: argparse.Namespace,
+    store: Store,
+    stream: str,
+    agreed: Agreed,
+    acked: int,
+    source: _Source,
 ) -> dict[str, Any]:
     said: dict[str, Any] = {"stream": stream, "late_stream": None, "posted": 0, "posted_before": 0, "refused": []}
     with (
@@ -368,19 +390,53 @@ async def _post_missing(
             poster.post(list(taken.values()))
             said["posted"] += len(taken)
             advance(len(events))
-    open_holes = source.has_of(_open_holes(config, agreed)) if stream == config.stream.name else []
+    open_holes = source.has_of(_open_holes(config, agreed, acked)) if stream == config.stream.name else []
     return said | {"not_in_a_gap": source.not_in_a_gap, "open_holes": [list(hole) for hole in open_holes]}
 
 
-def _open_holes(config: Config, agreed: Agreed) -> list[tuple[int, int]]:
+def _open_holes(config: Config, agreed: Agreed, acked: int) -> list[tuple[int, int]]:
     """Give the holes of this host's tape that nobody has accepted."""
     try:
         with closing(TapeReader(config.tape.path)) as reader:
             session = agreed.session if reader.tape_id == agreed.tape_id else reader.sessions()[0].session
-            holes = reader.holes(session, agreed.first_sequence - 1)
+            holes = reader.holes(session, max(acked, agreed.first_sequence - 1))
     except (TapeMissingError, IndexError):
         return []
     return [hole for hole in holes if not any(a <= hole[0] and hole[1] <= b for a, b in agreed.gaps)]
+
+
+def import_balances(given: argparse.Namespace) -> int:
+    """Settle opening balances."""
+    config = load_here(given)
+    stream = config.stream.name
+    assets = {name: opening.Asset(asset.id, asset.decimals) for name, asset in config.assets.items()}
+    rows = opening.read(given.file, assets, decimals=given.decimals)
+    sums = {name: sum(row.amount for row in rows if row.asset_id == asset.id) for name, asset in assets.items()}
+
+    async def ask(store: Store) -> str:
+        if await opening.imported(store, stream, rows) >= len(rows):
+            return "imported before"
+        if given.dry_run:
+            return "not imported: dry run"
+        with progress("import", len(rows), quiet=given.json) as advance:
+            await opening.settle(
+                store,
+                stream,
+                rows,
+                rules=config.rules(),
+                bounds=bounds_of(config),
+                now_us=_now_us,
+                advance=advance,
+            )
+        return "imported"
+
+    state = with_store(config, ask)
+    said = {"stream": opening.import_stream(stream), "rows": len(rows), "sums": sums, "state": state}
+    users = len({row.user_id for row in rows})
+    lines = [f"{len(rows)} balances of {users} users: {state}, as stream {said['stream']}"]
+    lines.append(table(("asset", "sum"), [(name, amount(sums[name], assets[name].decimals)) for name in sorted(sums)]))
+    print(json.dumps(said) if given.json else "\n".join(lines))
+    return 0
 
 
 def _backfill_text(config: Config, said: dict[str, Any]) -> str:

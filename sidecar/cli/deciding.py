@@ -190,17 +190,20 @@ def _present(config: Config, session: int, first: int, last: int) -> list[int]:
     try:
         with closing(TapeReader(config.tape.path)) as reader:
             runs = reader.runs(session)
-            holes = list(runs.holes(first, last))
-            known_to = max([runs.head, *(row.announced_to for row in reader.sessions() if row.session == session)])
+            rows = [row for row in reader.sessions() if row.session == session]
+            known_to = max([runs.head, *(row.announced_to for row in rows)])
+            pruned_to = max([0, *(row.pruned_to for row in rows)])  # what was deleted is not there either
+            low = max(first, pruned_to + 1)
+            holes = list(runs.holes(low, last))
     except TapeMissingError:
         return []
     if last > known_to:
         raise DecisionRefusedError(
             f"sequence {last} is above {known_to}, the last one that this tape heard of; it may still come"
         )
-    if holes == [(first, last)]:
+    if low > last or holes == [(low, last)]:
         return []
-    return [first if first in runs else holes[0][1] + 1]
+    return [low if low in runs else holes[0][1] + 1]
 
 
 def gap_list(given: argparse.Namespace) -> int:

@@ -354,7 +354,10 @@ def tape_info(given: argparse.Namespace) -> int:
             | {
                 "head": (runs := reader.runs(row.session)).head,
                 "frames": sum(last - first + 1 for first, last in runs.list() if last > row.pruned_to),
-                "holes": [list(hole) for hole in reader.holes(row.session, runs.list()[0][0] if runs.list() else 0)],
+                "holes": [
+                    list(hole)
+                    for hole in reader.holes(row.session, max(row.pruned_to, runs.list()[0][0] if runs.list() else 0))
+                ],
             }
             for row in reader.sessions()
         ]

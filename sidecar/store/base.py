@@ -23,6 +23,7 @@ class Store(ABC):
     """The rows of one keyspace (schema.cql). All methods are coroutines on one loop; none blocks it."""
 
     name: str
+    durable_at_once = False  # whether what is acknowledged can no longer be lost with the power
 
     def __init__(self, page_widths: dict[str, int]) -> None:
         """Take the page width of each symbol that is looked up or settled; further ones may be added later."""

@@ -87,6 +87,7 @@ class SQLiteStore(Store):
     """Rows in one file; `path` may be shared by several processes on this host."""
 
     name = "sqlite"
+    durable_at_once = True
 
     def __init__(self, path: Path, page_widths: dict[str, int]) -> None:
         """Remember the file; `open` opens or creates it."""

@@ -190,6 +190,21 @@ def test_a_batch_is_there_as_it_was_written(rows: Rows, first: int, stream: str)
     rows.run(ask)
 
 
+def test_what_was_done_about_a_rejected_event_stays_whatever_is_replayed_after_it(rows: Rows, stream: str) -> None:
+    batch = make_batch(stream, 9, rejected=[rejected_row(stream, 9, b"as received")])
+
+    async def ask(store: Store) -> None:
+        await store.settle_batch_atomically(batch)
+        await store.resolve_rejected(stream, 9, "resubmitted as a 1", 1_700_000_000_000_000)
+        await store.resolve_rejected(stream, 9, "resubmitted as a 2", 1_700_000_000_000_001)
+        await store.settle_batch_atomically(batch)
+        found = await store.get_rejected(stream, 9)
+        assert found is not None
+        assert (found["resolution"], bytes(found["payload"])) == ("resubmitted as a 2", b"as received")
+
+    rows.run(ask)
+
+
 @pytest.mark.parametrize("absent", [OPTIONAL, OPTIONAL - {"buyer_fee"}, OPTIONAL - {"ts_us", "seller_fee"}, set()])
 def test_absent_fields_are_absent(rows: Rows, first: int, stream: str, absent: set[str]) -> None:
     present: dict[str, Any] = dict.fromkeys(OPTIONAL - absent, 0)

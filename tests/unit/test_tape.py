@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -794,7 +795,7 @@ def test_no_tape_is_an_error_of_its_own_and_another_file_is_left_alone(path: Pat
     path.unlink()
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE mine (x)")
-    with pytest.raises(TapeError, match="no tape of this release"):
+    with pytest.raises(TapeError, match="is no tape"):
         Tape(path, size_bytes_max=1)
     assert not is_locked(path, "recorder")
 
@@ -820,3 +821,59 @@ def test_settled_is_replaced_as_a_whole(path: Path) -> None:
     assert read_settled(path) is None
     settled_path(path).write_text(json.dumps([1]))
     assert read_settled(path) is None
+
+
+def test_an_older_tape_is_upgraded_in_place_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The day the format changes: a transaction a step, the frames stay, readers wait, a failed step leaves nothing."""
+    with recorder(path) as tape:
+        record(tape, trade(1), trade(2))
+    monkeypatch.setattr(tape_module, "FORMAT", 3)
+    steps = {1: "ALTER TABLE meta ADD COLUMN note TEXT;", 2: "CREATE TABLE sessions (x);"}  # the second one fails
+    monkeypatch.setattr(tape_module, "_UPGRADES", steps)
+    with pytest.raises(TapeMissingError, match="has format 1: a start of the recorder makes 3 of it"):
+        TapeReader(path)
+    with pytest.raises(TapeError, match="table sessions already exists"):
+        Tape(path, size_bytes_max=1 << 30)
+    assert not is_locked(path, "recorder")
+    steps[2] = "CREATE TABLE further (x);"
+    Tape(path, size_bytes_max=1 << 30).close()
+    with contextlib.closing(TapeReader(path)) as reader:
+        assert [one.output_sequence for one in reader.read(1, 0, 9)] == [1, 2]
+    monkeypatch.setattr(tape_module, "FORMAT", 1)
+    for opened in (TapeReader, functools.partial(Tape, size_bytes_max=1 << 30)):
+        with pytest.raises(TapeError, match="has format 3, of a newer release; this one reads up to 1"):
+            opened(path)
+
+
+def test_a_clock_that_was_set_back_does_not_keep_old_frames_for_ever(path: Path) -> None:
+    now = [1_000_000_000]
+    tape = Tape(path, size_bytes_max=1 << 30, now_us=lambda: now[0])
+
+    async def story() -> None:
+        for n in (1, 2, 3):
+            tape.append(event(trade_fields(n)))
+            await tape.commit(tape.take_turn())
+            now[0] = 500_000_000 if n == 1 else now[0] + 1  # after the first one it is set back
+        assert await tape.prune(1, 3, now[0] - 10) == 1
+        now[0] += 20
+        assert await tape.prune(1, 3, now[0] - 10) == 2
+
+    asyncio.run(story())
+    tape.close()
+
+
+def test_what_was_deleted_is_a_hole_for_a_store_that_was_set_back(path: Path) -> None:
+    tape = Tape(path, size_bytes_max=1 << 30, now_us=lambda: 100)
+
+    async def story() -> None:
+        for n in (1, 2, 3, 4, 7):
+            tape.append(event(trade_fields(n)))
+        await tape.commit(tape.take_turn())
+        assert await tape.prune(1, 3, 101) == 3
+
+    asyncio.run(story())
+    with contextlib.closing(TapeReader(path)) as reader:
+        assert reader.holes(1, 1) == [(2, 3), (5, 6)]
+        assert reader.holes(1, 3) == [(5, 6)]
+        assert reader.look(1, 1).hole == (2, 3)
+    tape.close()
