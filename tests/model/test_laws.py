@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sidecar import decisions
 from sidecar.batch import Batch
 from sidecar.errors import OutcomeUnknownError
 from sidecar.events import Event, LedgerEvent
@@ -241,6 +242,62 @@ def test_a_settler_that_starts_again_over_its_own_tape_has_nothing_to_compare(tm
         again = a_settler(SQLiteStore(tmp_path / "rows.db", WIDTHS), tape)
         await finish(again, 5)
         assert again.said()["foreign_to"] == 0
+        tape.close()
+
+    asyncio.run(story())
+
+
+class Away(SQLiteStore):
+    """A store of which a node is away: nothing becomes durable until it is back."""
+
+    back_since: float | None = None
+
+    @property
+    def steady_since(self) -> float | None:
+        return self.back_since
+
+
+def test_a_stream_that_has_ended_is_not_left_before_all_of_it_is_durable(tmp_path: Path) -> None:
+    """Nobody would settle it again if the store lost the end of it."""
+
+    async def story() -> None:
+        tape = Tape(tmp_path / "tape.db", size_bytes_max=1 << 40)
+        for one in (trade_fields(1), trade_fields(2), trade_fields(1, price=5)):
+            tape.append(event(one))
+        await tape.commit(tape.take_turn())
+        store = Away(tmp_path / "rows.db", WIDTHS)
+        settler = a_settler(store, tape)
+        running = asyncio.ensure_future(settler.run())
+        async with asyncio.timeout(20):
+            while settler.said()["halted"] is None:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.002)
+            assert settler.said()["halted"]["code"] == "SESSION_CHANGED"
+            await decisions.begin_next(
+                store,
+                "main",
+                "second",
+                ends_at=2,
+                first_sequence=1,
+                session=2,
+                engine_session=None,
+                tape_id=settler.said()["tape_id"],
+                now_us=1,
+            )
+            while settler.said()["halted"] is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            await settled_to(settler, 2)
+            await asyncio.sleep(0.2)  # ten times what makes acknowledged events durable
+            assert (settler.said()["stream"], settler.said()["durable"]) == ("main", 0)
+            store.back_since = asyncio.get_running_loop().time()
+            while settler.said()["stream"] == "main":  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            await settled_to(settler, 1)
+        said = settler.said()
+        assert (said["stream"], said["session"]) == ("second", 2)
+        assert said["streams"]["main"]["deletable"] in (0, 2)
+        settler.stop()
+        await running
+        await store.close()
         tape.close()
 
     asyncio.run(story())
