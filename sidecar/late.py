@@ -129,8 +129,17 @@ def standing(tape_path: Path) -> list[dict[str, Any]]:
 
 def not_ours(stream: str, reader: TapeReader, late_tape_id: int | None) -> Halt:
     """Say why a late tape is not settled: another one numbers the stream, or it was given up as lost."""
-    reason = f"{reader.path} does not number stream {stream}: tape {late_tape_id or 'none'} does"
-    step = f"post what is on {reader.path} again with `sidecar backfill`, then move the file away"
+    if late_tape_id is None:
+        reason = (
+            f"the store knows of no late tape of stream {stream}: it was set back to an older copy, or is another one"
+        )
+        step = (
+            "when its gaps and rejections are decided again, say one of the posts again (`sidecar backfill`, `sidecar"
+            " rejected resubmit`): all that is on this late tape is settled then"
+        )
+    else:
+        reason = f"{reader.path} was given up as lost: nothing more of it is settled as stream {stream}"
+        step = "move the file away; what it held beyond what was settled is posted again with `sidecar backfill`"
     return Halt("DECISION_CONFLICT", 1, reason, step)
 
 

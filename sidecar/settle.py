@@ -92,7 +92,7 @@ class Settler:
         self._paused = False
         self._session = 0
         self._streams = Streams(None)
-        self._was_durable = 0  # as the settler before this one said: a store that knows less was set back
+        self._was = 0, 0  # durable and decisions, as the settler before said: a store that knows less was set back
         self._foreign_to = 0
         self._foreign: ForeignPart | None = None
         self._ack_log: IO[bytes] | None = None
@@ -114,7 +114,8 @@ class Settler:
             self._ack_log = self._ack_log_path.open("ab", buffering=0)  # a kill loses no line
         told = read_settled(self._told_path) or {}
         self._streams = Streams(told)
-        self._was_durable = told.get("durable", 0) if told.get("stream") == self._stream else 0
+        if told.get("stream") == self._stream:
+            self._was = told.get("durable", 0), told.get("decisions", 0)
         self._remember()  # so that a kill right after the next line forgets nothing
         self._say()
         try:
@@ -180,9 +181,10 @@ class Settler:
             if agreed.ends_at is not None and start.sequence >= agreed.ends_at:
                 self._go_on(agreed, start.sequence)
                 return
-            if start.sequence < self._was_durable:
-                was, self._was_durable = self._was_durable, 0
-                log.warning("store_is_older", extra={"stream": self._stream, "durable": start.sequence, "was": was})
+            known, was, self._was = (start.sequence, agreed.decisions_read), self._was, (0, 0)
+            if known[0] < was[0] or known[1] < was[1]:
+                about = {"durable": known[0], "durable_was": was[0], "decisions": known[1], "decisions_were": was[1]}
+                log.warning("store_is_older", extra={"stream": self._stream, **about})
             if not await self._find_session(reader, agreed):
                 return
             agreed = replace(agreed, session=self._session)
@@ -290,7 +292,7 @@ class Settler:
         self._stream = agreed.next_stream
         self._remember()
         self.life = self._agreed = self._hole_since = self._foreign = None
-        self._submitted = self._was_durable = 0
+        self._submitted, self._was = 0, (0, 0)
         self._say()
 
     def _remember(self) -> None:
@@ -474,6 +476,8 @@ class Settler:
             self._say()
 
     def _halt(self, halt: Halt) -> None:
+        if self._late is not None:
+            halt.next_step = halt.next_step.replace("reject SEQ", f"reject SEQ --stream {self._stream}")
         if self.halted is None or (self.halted.code, self.halted.sequence) != (halt.code, halt.sequence):
             log.error(
                 "halted",
@@ -545,6 +549,7 @@ class Settler:
             "durable": life.durable.sequence if life else 0,
             "deletable": self._deletable(life.deletable) if life else 0,
             "life": self.lives,
+            "decisions": life.agreed.decisions_read if life else 0,
             "unacked_batches": life.pipeline.unacked_batches if life else 0,
             "negative_balances": life.ledger.negative_total if life else 0,
             "pid": os.getpid(),

@@ -17,6 +17,7 @@ from sidecar.config import Config
 from sidecar.decisions import DecisionRefusedError
 from sidecar.errors import TapeMissingError, UsageError
 from sidecar.events import Decision
+from sidecar.late import readings
 from sidecar.store.base import Store
 from sidecar.tape import TapeReader, is_locked, paused_path, read_settled
 
@@ -36,6 +37,7 @@ def add_verbs(verb: Any, group: Any) -> None:
     added = verb("reject", reject, "reject the event at which settlement is halted, and go on", _REJECT)
     added.add_argument("sequence", type=_number, metavar="SEQ")
     added.add_argument("--reason", required=True, metavar="TEXT")
+    added.add_argument("--stream", metavar="NAME", help="of a late stream that is halted, such as main/late")
     parts = group("stream", "which of the engine's sessions is settled")
     added = verb("next", stream_next, "go on with a new stream after SESSION_CHANGED", _NEXT, parents=parts)
     added.add_argument("name", metavar="NAME", help="the new stream: any that no rows are under yet")
@@ -90,7 +92,12 @@ def _decided(given: argparse.Namespace, made: Decision) -> int:
 def reject(given: argparse.Namespace) -> int:
     """Reject the event at which settlement is halted."""
     config = load_here(given)
-    halted = (read_settled(config.tape.path) or {}).get("halted")
+    stream, told_path = given.stream or config.stream.name, config.tape.path
+    for reading in readings(config.tape.path):
+        if reading.stream == stream:
+            told_path = reading.told_path
+    told = read_settled(told_path) or {}
+    halted = told.get("halted") if told.get("stream") == stream else None
     if not halted or halted["sequence"] != given.sequence or halted["code"] in _NO_EVENT:
         where = f"halted by {halted['code']} at {halted['sequence']}" if halted else "not halted"
         raise DecisionRefusedError(
@@ -98,9 +105,7 @@ def reject(given: argparse.Namespace) -> int:
         )
 
     async def ask(store: Store) -> Decision:
-        return await decisions.reject(
-            store, config.stream.name, given.sequence, reason=given.reason, now_us=time.time_ns() // 1000
-        )
+        return await decisions.reject(store, stream, given.sequence, reason=given.reason, now_us=time.time_ns() // 1000)
 
     return _decided(given, with_store(config, ask))
 

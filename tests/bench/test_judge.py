@@ -324,6 +324,32 @@ def test_up_to_judges_a_prefix(bench: Path, capsys: pytest.CaptureFixture[str]) 
     assert ask(bench, capsys, "--up-to", "9")[0] == 0
 
 
+def test_a_late_stream_is_judged_by_its_origins(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Event 9, given up, came first; then 7, its trade id made another: lower than the one before it on main."""
+    corrected = trade(7, 30, (1, 2), price=300, quantity=150)
+    (bench / "corrected").write_text(json.dumps(corrected) + "\n")
+    late = "main/late"
+    with closing(sqlite3.connect(bench / "store")) as store:
+        store.execute("INSERT INTO ledger_events VALUES (?, 0, 1, 'DEPOSIT', 1, 1, 999, 60, 12, 9)", (late,))
+        row = (3, 30, late, 2, 51, 52, 53, 1, 2, 1, 2, 300, 150, 450, None, None, 54, 55, 56, 57, 58, 59, 9, None, 7)
+        store.execute(f"INSERT INTO settled_trades_btc_usdt VALUES ({', '.join('?' * len(row))})", row)
+        store.executemany(
+            "INSERT INTO user_balances VALUES (?, ?, 'main/late', ?, ?, 2, 9000)",
+            [(1, 1, 1_149, 2), (1, 2, -450, 1), (2, 1, -150, 1), (2, 2, 450, 1)],
+        )
+        store.execute("INSERT INTO settlement_state VALUES ('main/late', 'acked', 2, 1, '{}')")
+        store.commit()
+    options = ["--stream", late, "--also-stream", "main", "--corrected", str(bench / "corrected"), "--origins"]
+    code, report = ask(bench, capsys, *options, "9", "7", gaps="")
+    assert (code, report["events"], report["differences"]) == (0, 2, [])
+    assert ask(bench, capsys, *options, "7", "9", gaps="")[0] == 1
+    assert ask(bench, capsys, *options, "9", gaps="")[0] == 1
+    change(bench, "UPDATE ledger_events SET origin_sequence = 10 WHERE stream = 'main/late'")
+    _, report = ask(bench, capsys, *options, "9", "7", gaps="")
+    assert [difference["column"] for difference in report["differences"]] == ["origin_sequence"]
+    assert ask(bench, capsys, "--also-stream", late)[0] == 0
+
+
 def test_a_decision_rejects_what_would_have_been_settled(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(bench, "DELETE FROM ledger_events WHERE output_sequence = 10")
     change(bench, "DELETE FROM user_balances WHERE user_id = 3")

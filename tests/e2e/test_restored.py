@@ -37,7 +37,7 @@ def test_an_older_database_is_settled_again_from_the_tape(tmp_path: Path) -> Non
         run = world.start("run", log="restored.log")
         until(lambda: world.said().get("pid") == run.pid and world.said().get("acked") == 2000, "all is there again")
         older = run.logged("store_is_older")
-        assert [(line["durable"], line["was"]) for line in older] == [(800, 2000)]
+        assert [(line["durable"], line["durable_was"]) for line in older] == [(800, 2000)]
         assert run.term() == 0
         verdict = world.judge()
         assert verdict["ok"], verdict
