@@ -498,7 +498,7 @@ class Settler:
         while not await self._stopped_within(self._tick_s):
             try:
                 known = await self.store.read_decisions(self._stream)
-                if len(known) > read and halt.code != "DECISION_CONFLICT":
+                if len(known) > read and (halt.code != "DECISION_CONFLICT" or self._late is not None):
                     return
             except (OutcomeUnknownError, StoreRefusedError) as error:
                 log.warning("store_unreachable", extra={"error": str(error)})
