@@ -23,7 +23,7 @@ STREAM = "main/import"
 def _journal(world: World, rows: list[tuple[int, int, int]]) -> Path:
     """What the judge folds: the events that the rows stand for, made when the stream's genesis says."""
     with closing(open_store(world.judged)) as store:
-        decisions = store.rows("stream_decisions", ("stream", "kind", "body"))
+        decisions = list(store.rows("stream_decisions", ("stream", "kind", "body")))
         body = next(body for stream, kind, body in decisions if (stream, kind) == (STREAM, "genesis"))
     created_at = json.loads(body)["base_us"] // 1_000
     path = world.folder / "import.jsonl"

@@ -11,14 +11,15 @@ from typing import Any
 from bench.world import Process, World, until
 
 
-def _at_2000_with_a_copy_at_800(world: World, run: Process) -> Process:
+def _at_2000_with_a_copy_at_800(world: World, run: Process, *, listeners: int = 1) -> Process:
     """Settle 800 events, copy the database at rest, settle up to 2,000."""
-    world.engine("--count", "800").result()
+    heard = ["--wait-subscribers", str(listeners)]
+    world.engine("--count", "800", *heard).result()
     until(lambda: world.said().get("durable") == 800, "all of it is durable")
     assert run.term() == 0
     shutil.copy(world.folder / "settlement.db", world.folder / "copy.db")
     run = world.start("run")
-    world.engine("--count", "2000").result()
+    world.engine("--count", "2000", *heard).result()
     until(lambda: world.said().get("durable") == 2000, "all of it is durable")
     return run
 
@@ -47,7 +48,7 @@ def test_what_the_tape_has_deleted_is_named_and_comes_in_late(tmp_path: Path) ->
     settings = ["pipeline.durable_after_s=0.5", "tape.retention_s=0"]
     with World(tmp_path, source="generated", settings=settings) as world:
         whole = world.start("record", "tape.retention_s=3600", tape="whole.db", log="whole.log")
-        run = _at_2000_with_a_copy_at_800(world, world.start("run"))
+        run = _at_2000_with_a_copy_at_800(world, world.start("run"), listeners=2)
 
         def pruned() -> Any:
             return world.verb("tape", "info")["sessions"][0]["pruned_to"] == 2000
@@ -63,7 +64,7 @@ def test_what_the_tape_has_deleted_is_named_and_comes_in_late(tmp_path: Path) ->
         assert "sidecar backfill" in halted["next_step"]
         assert world.status()["holes"] == [[801, 2000]]
         world.verb("gap", "accept", "801", "2000", "--reason", "the database was restored", status=0)
-        world.engine("--count", "2100").result()
+        world.engine("--count", "2100", "--wait-subscribers", "2").result()
         world.until_acked(2100)
         until(lambda: world.verb("tape", "info", tape="whole.db")["sessions"][0]["head"] == 2100, "all is recorded")
         assert whole.term() == 0
