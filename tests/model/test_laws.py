@@ -301,3 +301,31 @@ def test_a_stream_that_has_ended_is_not_left_before_all_of_it_is_durable(tmp_pat
         tape.close()
 
     asyncio.run(story())
+
+
+def test_what_lies_beyond_the_end_of_a_stream_is_not_settled_on_it_by_whoever_has_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        tape = Tape(tmp_path / "tape.db", size_bytes_max=1 << 40)
+        for one in (*(trade_fields(n) for n in range(1, 6)), trade_fields(1, price=5, trade_id=50)):
+            tape.append(event(one))
+        await tape.commit(tape.take_turn())
+        of_another_host: dict[str, Any] = {"engine_session": None, "tape_id": 1, "now_us": 1, "first_sequence": 1}
+        async with SQLiteStore(tmp_path / "rows.db", WIDTHS) as deciding:
+            await decisions.agree(deciding, stream="main", session=1, rules=RULES, **of_another_host)
+            await decisions.begin_next(deciding, "main", "second", ends_at=3, session=2, **of_another_host)
+        store = SQLiteStore(tmp_path / "rows.db", WIDTHS)
+        settler = a_settler(store, tape)
+        running = asyncio.ensure_future(settler.run())
+        async with asyncio.timeout(20):
+            while settler.said()["stream"] == "main":  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.002)
+            await settled_to(settler, 1)
+        assert settler.said()["session"] == 2  # found on this host's own tape
+        settler.stop()
+        await running
+        await store.close()
+        tape.close()
+
+    asyncio.run(story())
+    rows = tables(tmp_path / "rows.db")["settled_trades_btc_usdt"]
+    assert sorted((row[2], row[3]) for row in rows) == [("main", 1), ("main", 2), ("main", 3), ("second", 1)]
