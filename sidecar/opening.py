@@ -122,30 +122,35 @@ def digest(rows: list[Opening]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def import_stream(stream: str) -> str:
-    """Name the stream of a stream's opening balances."""
+async def import_stream(store: Store, stream: str) -> str:
+    """Name the stream of opening balances: that of the first stream, however many have gone on after it."""
+    while (log := await store.read_decisions(stream)) and (before_it := json.loads(log[0].body).get("after")):
+        stream = before_it
     return f"{stream}/import"
 
 
-async def imported(store: Store, stream: str, rows: list[Opening]) -> int:
-    """Give how many of the rows are settled and durable. Raises DecisionRefusedError when another file was taken."""
-    log = await store.read_decisions(import_stream(stream))
+async def imported(store: Store, name: str, rows: list[Opening]) -> int:
+    """Give how many of the rows are settled and durable as the stream `name`.
+
+    Raises DecisionRefusedError when another file was taken.
+    """
+    log = await store.read_decisions(name)
     if not log:
         return 0
     begun = json.loads(log[0].body)
     if begun.get("digest") != digest(rows):
         raise DecisionRefusedError(
-            f"{import_stream(stream)} was made of another file: {begun.get('rows')} rows, sha256"
+            f"{name} was made of another file: {begun.get('rows')} rows, sha256"
             f" {str(begun.get('digest'))[:16]}…, by {log[0].decided_by}; opening balances are imported once, what was"
             " wrong in them is put right by the engine's ADJUSTMENT events"
         )
-    durable = (await store.load_state(import_stream(stream))).get("durable")
+    durable = (await store.load_state(name)).get("durable")
     return durable.sequence if durable is not None else 0
 
 
 async def settle(
     store: Store,
-    stream: str,
+    name: str,
     rows: list[Opening],
     *,
     rules: dict[str, Any],
@@ -153,8 +158,10 @@ async def settle(
     now_us: Callable[[], int],
     advance: Callable[[int], None],
 ) -> None:
-    """Settle the rows, and wait until all of them are durable. Raises DecisionRefusedError as `imported`."""
-    name = import_stream(stream)
+    """Settle the rows as the stream `name`, and wait until all of them are durable.
+
+    Raises DecisionRefusedError as `imported`.
+    """
     agreed = await decisions.agree(
         store,
         stream=name,
@@ -165,7 +172,7 @@ async def settle(
         now_us=now_us(),
         also={"digest": digest(rows), "rows": len(rows)},
     )
-    await imported(store, stream, rows)  # another host may have been faster, with another file
+    await imported(store, name, rows)  # another host may have been faster, with another file
     trades_max, done = bounds.batch_trades_max, 0
     while True:
         state = await until_known(lambda: store.load_state(name), bounds)

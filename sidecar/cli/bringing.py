@@ -413,27 +413,28 @@ def import_balances(given: argparse.Namespace) -> int:
     rows = opening.read(given.file, assets, decimals=given.decimals)
     sums = {name: sum(row.amount for row in rows if row.asset_id == asset.id) for name, asset in assets.items()}
 
-    async def ask(store: Store) -> str:
-        if await opening.imported(store, stream, rows) >= len(rows):
-            return "imported before"
+    async def ask(store: Store) -> tuple[str, str]:
+        name = await opening.import_stream(store, stream)
+        if await opening.imported(store, name, rows) >= len(rows):
+            return name, "imported before"
         if given.dry_run:
-            return "not imported: dry run"
+            return name, "not imported: dry run"
         with progress("import", len(rows), quiet=given.json) as advance:
             await opening.settle(
                 store,
-                stream,
+                name,
                 rows,
                 rules=config.rules(),
                 bounds=bounds_of(config),
                 now_us=_now_us,
                 advance=advance,
             )
-        return "imported"
+        return name, "imported"
 
-    state = with_store(config, ask)
-    said = {"stream": opening.import_stream(stream), "rows": len(rows), "sums": sums, "state": state}
+    name, state = with_store(config, ask)
+    said = {"stream": name, "rows": len(rows), "sums": sums, "state": state}
     users = len({row.user_id for row in rows})
-    lines = [f"{len(rows)} balances of {users} users: {state}, as stream {said['stream']}"]
+    lines = [f"{len(rows)} balances of {users} users: {state}, as stream {name}"]
     lines.append(table(("asset", "sum"), [(name, amount(sums[name], assets[name].decimals)) for name in sorted(sums)]))
     print(json.dumps(said) if given.json else "\n".join(lines))
     return 0

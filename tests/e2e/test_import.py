@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.judge import open_store
-from bench.world import ENVIRONMENT, World
+from bench.world import ENVIRONMENT, World, until
 from tests.stores import STORES, StoreUnderTest
 
 USERS = 3_000
@@ -96,3 +96,21 @@ def test_an_import_before_the_first_start_and_a_wrong_file(tmp_path: Path) -> No
         }  # fmt: skip
         assert world.verb("balance", "7", "btc", status=0)["balances"][0]["total"] == 150_000_000
         assert world.status()["state"] == "idle"
+
+
+def test_the_stream_that_goes_on_after_another_has_its_opening_balances_already(tmp_path: Path) -> None:
+    with World(tmp_path, source="generated", settings=["pipeline.durable_after_s=0.5"]) as world:
+        file = tmp_path / "balances.csv"
+        file.write_text("7,btc,150\n")
+        run = world.start("run")
+        world.engine("--count", "500").result()
+        world.until_acked(500)
+        assert world.verb("import-balances", str(file), status=0)["state"] == "imported"
+        begun_anew = ["--count", "300", "--seed", "9", "--no-deposits", "--first-trade-id", "900000"]
+        world.engine(*begun_anew, journal=tmp_path / "other.jsonl").result()
+        until(lambda: (world.status()["halted"] or {}).get("code") == "SESSION_CHANGED", "it halts", 30)
+        world.verb("stream", "next", "second", status=0)
+        until(lambda: world.said().get("stream") == "second", "it goes on")
+        again = world.verb("import-balances", str(file), status=0)
+        assert (again["stream"], again["state"]) == (STREAM, "imported before")
+        assert run.term() == 0
