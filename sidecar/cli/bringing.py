@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from sidecar import decisions, opening, wire
 from sidecar.cli.looking import _number, with_store
-from sidecar.cli.running import load_here
+from sidecar.cli.running import load_here, session_here
 from sidecar.cli.show import amount, table
 from sidecar.config import Config
 from sidecar.decisions import Agreed, DecisionRefusedError
@@ -398,9 +398,8 @@ def _open_holes(config: Config, agreed: Agreed, acked: int) -> list[tuple[int, i
     """Give the holes of this host's tape that nobody has accepted."""
     try:
         with closing(TapeReader(config.tape.path)) as reader:
-            session = agreed.session if reader.tape_id == agreed.tape_id else reader.sessions()[0].session
-            holes = reader.holes(session, max(acked, agreed.first_sequence - 1))
-    except (TapeMissingError, IndexError):
+            holes = reader.holes(session_here(config, agreed), max(acked, agreed.first_sequence - 1))
+    except TapeMissingError:
         return []
     return [hole for hole in holes if not any(a <= hole[0] and hole[1] <= b for a, b in agreed.gaps)]
 

@@ -11,7 +11,7 @@ from typing import Any
 from sidecar import config as configuration
 from sidecar import decisions
 from sidecar.cli.looking import _number, status_of, with_store
-from sidecar.cli.running import load, load_here
+from sidecar.cli.running import load, load_here, session_here
 from sidecar.cli.show import table
 from sidecar.config import Config
 from sidecar.decisions import DecisionRefusedError
@@ -182,7 +182,7 @@ def gap_accept(given: argparse.Namespace) -> int:
             config.stream.name,
             given.first,
             given.last,
-            present=_present(config, agreed.session if agreed else 1, given.first, given.last),
+            present=_present(config, session_here(config, agreed), given.first, given.last),
             reason=given.reason,
             now_us=time.time_ns() // 1000,
         )

@@ -14,6 +14,7 @@ import uvloop
 from sidecar import config as configuration
 from sidecar.cli import logs
 from sidecar.config import Config
+from sidecar.decisions import Agreed
 from sidecar.tape import read_settled
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,13 @@ def load_here(given: argparse.Namespace) -> Config:
         return config
     stream = replace(config.stream, name=said["stream"], first_sequence=said["first_sequence"])
     return replace(config, stream=stream)
+
+
+def session_here(config: Config, agreed: Agreed | None) -> int:
+    """Give the stream's session on this host's tape: as its settler found it, else as the stream's genesis says."""
+    said = read_settled(config.tape.path) or {}
+    found = said.get("session") if said.get("stream") == config.stream.name else 0
+    return found or (agreed.session if agreed else 1)
 
 
 def _serve(given: argparse.Namespace, **halves: bool) -> int:
