@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import sqlite3
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,62 @@ def test_what_lies_beyond_the_end_of_a_stream_is_not_settled_on_it_by_whoever_ha
     asyncio.run(story())
     rows = tables(tmp_path / "rows.db")["settled_trades_btc_usdt"]
     assert sorted((row[2], row[3]) for row in rows) == [("main", 1), ("main", 2), ("main", 3), ("second", 1)]
+
+
+class Listening(SQLiteStore):
+    """A store during whose first answer the recorder hears more."""
+
+    def __init__(self, path: Path, hear: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(path, WIDTHS)
+        self.hear: Callable[[], Awaitable[None]] | None = hear
+
+    async def get_trade(self, symbol: str, trade_id: int) -> list[dict[str, Any]]:
+        found = await super().get_trade(symbol, trade_id)
+        if self.hear is not None:
+            hear, self.hear = self.hear, None
+            await hear()
+        return found
+
+
+def test_what_is_recorded_while_another_tapes_part_is_compared_is_compared_before_it_is_settled(tmp_path: Path) -> None:
+    """Sessions may begin alike: the first event is the settled stream's, the further ones are another session's."""
+
+    async def story() -> None:
+        first = Tape(tmp_path / "first.db", size_bytes_max=1 << 40)
+        for n in range(1, 11):
+            first.append(event(trade_fields(n)))
+        await first.commit(first.take_turn())
+        settler = a_settler(SQLiteStore(tmp_path / "rows.db", WIDTHS), first)
+        running = asyncio.ensure_future(settler.run())
+        async with asyncio.timeout(20):
+            while settler.said()["durable"] < 10:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.002)
+        settler.stop()
+        await running
+        await settler.store.close()
+        first.close()
+
+        tape = Tape(tmp_path / "other.db", size_bytes_max=1 << 40)
+        tape.append(event(trade_fields(1)))
+        await tape.commit(tape.take_turn())
+
+        async def hear() -> None:
+            for n in range(2, 30):
+                tape.append(event(trade_fields(n, quantity=7)))
+            await tape.commit(tape.take_turn())
+
+        settler = a_settler(Listening(tmp_path / "rows.db", hear), tape)
+        running = asyncio.ensure_future(settler.run())
+        async with asyncio.timeout(20):
+            while settler.said()["halted"] is None and settler.said()["acked"] < 11:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        said = settler.said()
+        assert said["halted"] is not None
+        assert (said["halted"]["code"], said["acked"], said["deletable"]) == ("SESSION_CHANGED", 10, 0)
+        settler.stop()
+        await running
+        await settler.store.close()
+        tape.close()
+
+    asyncio.run(story())
+    assert [row[3] for row in tables(tmp_path / "rows.db")["settled_trades_btc_usdt"]] == list(range(1, 11))
