@@ -15,6 +15,7 @@ import signal
 import ssl
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from sidecar import decisions, wire
@@ -84,6 +85,11 @@ def _tls(section: CassandraSection) -> ssl.SSLContext | None:
         named = ", ".join(str(file) for file in files if file is not None)
         raise ConfigError("store.cassandra.tls_ca_file", [f"{named}: can't be used: {error}"]) from error
     return context
+
+
+def proof_path(config: Config) -> Path:
+    """Give the file where a proof of the ledger keeps what it has verified."""
+    return config.reconcile.path or config.tape.path.with_name(f"{config.tape.path.name}.reconcile")
 
 
 def bounds_of(config: Config) -> Bounds:

@@ -22,14 +22,22 @@ FLOORS = {
     0: {"errors", "events"},
     1: {"wire", "symbols", "ledger", "batch"},
     2: {"disk", "feed", "replay", "tape", "store", "metrics"},
-    3: {"decisions", "record", "pipeline", "foreign", "life", "streams", "late", "opening", "settle", "reconcile"},
+    3: {"decisions", "record", "pipeline", "foreign", "life", "streams", "late", "opening", "settle", "reconcile", "proof"},
     4: {"config", "service", "admin", "cli", "demo"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 PURE, IO, TOP = 1, 2, 4
 # The two stores share their base and nothing else; what Cassandra's is made of stands in files beside it.
 PARTS = {
-    "store.cassandra": {"store.base", "store.connection", "store.encode", "store.nodes", "store.tables"},
+    "store.cassandra": {
+        "store.base",
+        "store.connection",
+        "store.encode",
+        "store.nodes",
+        "store.scans",
+        "store.tables",
+    },
+    "store.scans": {"store.base", "store.tables"},
     "store.encode": {"store.tables"},
     "store.sqlite": {"disk", "store.base"},
     "tape": {"disk"},

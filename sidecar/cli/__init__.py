@@ -69,7 +69,7 @@ def _tell(given: argparse.Namespace, error: SidecarError) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sidecar.cli import bringing, deciding, looking, running
+    from sidecar.cli import bringing, deciding, looking, proving, running
 
     parser = argparse.ArgumentParser(
         prog="sidecar",
@@ -109,4 +109,5 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_verbs(verb, group)
     deciding.add_verbs(verb, group)
     bringing.add_verbs(verb, group)
+    proving.add_verbs(verb)
     return parser

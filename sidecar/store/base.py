@@ -10,13 +10,58 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Generator, Iterable
-from typing import Any, Self
+from typing import Any, Final, NamedTuple, Self
 
 from sidecar.batch import Batch
 from sidecar.errors import StoreRefusedError
 from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 
 KEYSPACE_STREAM = "*"  # decisions that hold for every stream: the decimals of assets
+SCAN_ROWS: Final = 2_000  # a page of a scan, unless asked for less
+
+
+class StampedBalance(NamedTuple):
+    """A balance row as it stands, whoever wrote it: a value may be lacking (None).
+
+    `write_us` is the newest write time of its cells in us since 1970, 0 in a store that keeps none.
+    """
+
+    user_id: int
+    asset_id: int
+    stream: str
+    available: int | None
+    version: int | None
+    last_sequence: int | None
+    updated_at: int | None
+    write_us: int
+
+
+class ProofRun(NamedTuple):
+    """One reconciliation (schema.cql, reconciliation_runs); times in ms since 1970, None: not finished."""
+
+    run_id: str
+    stream: str
+    started_at_ms: int
+    up_to_sequence: int
+    accounts: int
+    events: int
+    findings: int
+    finished_at_ms: int | None
+
+
+class ProofFinding(NamedTuple):
+    """What a reconciliation found (schema.cql, reconciliation_findings); `fixed_at_ms` since 1970."""
+
+    number: int
+    code: str
+    stream: str
+    user_id: int | None
+    asset_id: int | None
+    sequence: int | None
+    expected: int | None
+    actual: int | None
+    detail: str
+    fixed_at_ms: int | None
 
 
 class Store(ABC):
@@ -151,16 +196,78 @@ class Store(ABC):
         """Go through a symbol's table, in pages of rows as TRADE_COLUMNS."""
 
     @abstractmethod
-    def scan_ledger_events(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    def scan_ledger_events(
+        self, stream: str, first: int, last: int, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's ledger events of a range of sequences, in pages of rows as LEDGER_COLUMNS."""
 
     @abstractmethod
-    def scan_rejected(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    def scan_rejected(
+        self, stream: str, first: int, last: int, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's rejected events of a range of sequences, in pages of rows as REJECTED_COLUMNS."""
 
     @abstractmethod
     def scan_balances(self) -> AsyncIterator[list[Balance]]:
         """Go through all balance rows, in pages."""
+
+    # --- what a proof of the ledger reads and writes ---
+
+    @abstractmethod
+    async def list_streams(self) -> list[str]:
+        """Name every stream that the decision log knows, sorted; not KEYSPACE_STREAM."""
+
+    @abstractmethod
+    def scan_stamped_balances(self, *, rows_a_page: int = SCAN_ROWS) -> AsyncIterator[list[StampedBalance]]:
+        """Go through all balance rows with their write times."""
+
+    @abstractmethod
+    async def get_stamped_balances(self, user_id: int) -> list[StampedBalance]:
+        """Give all balance rows of a user with their write times."""
+
+    @abstractmethod
+    def scan_trades_after(
+        self, symbol: str, after: int | None, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[tuple[int | None, list[tuple[Any, ...]]]]:
+        """Go through a symbol's table, partition after partition in the store's own order, from behind a cursor.
+
+        Each piece comes with the cursor from behind which a later scan goes on without a row twice or missing; with
+        None when it ends within a partition.
+        """
+
+    @abstractmethod
+    def scan_trades_between(
+        self, symbol: str, first: int, last: int | None, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
+        """Go through the trades with ids from `first` to `last` (None: no bound) that stand in their own page."""
+
+    @abstractmethod
+    async def repair(
+        self,
+        stream: str,
+        rows: Iterable[Balance],
+        absent: Iterable[AccountKey],
+        stamp_us: int,
+        decision: Decision | None,
+    ) -> bool:
+        """Make balance rows what they must be, whatever is there, then append the decision that makes settlers obey.
+
+        `absent` are accounts without a row. False when the decision's number is taken: then it is not appended, and the
+        same may be given again with another number. Everything is written with the time `stamp_us`; a store
+        without write times makes one transaction of it all.
+        """
+
+    @abstractmethod
+    async def save_run(self, run: ProofRun) -> None:
+        """Write a reconciliation's row; again when it is finished."""
+
+    @abstractmethod
+    async def save_findings(self, run_id: str, findings: Iterable[ProofFinding]) -> None:
+        """Write what a reconciliation found; the same number again replaces it."""
+
+    @abstractmethod
+    async def load_findings(self, run_id: str) -> list[ProofFinding]:
+        """Read what a reconciliation found, by number."""
 
 
 def summed(rows: list[Balance]) -> Balance | None:
@@ -177,3 +284,23 @@ def summed(rows: list[Balance]) -> Balance | None:
         newest.last_sequence,
         newest.updated_at,
     )
+
+
+async def by_partition(
+    pieces: AsyncIterator[list[tuple[Any, ...]]],
+) -> AsyncIterator[tuple[int | None, list[tuple[Any, ...]]]]:
+    """Cut what `scan_trades_after` reads where a partition ends: its place stands before the columns of each row."""
+    place: int | None = None
+    async for rows in pieces:
+        last = rows[-1][0]
+        cut = len(rows) - 1
+        while cut > 0 and rows[cut - 1][0] == last:
+            cut -= 1
+        if cut > 0:
+            yield rows[cut - 1][0], [row[1:] for row in rows[:cut]]
+        elif place is not None and place != last:
+            yield place, []
+        yield None, [row[1:] for row in rows[cut:]]
+        place = last
+    if place is not None:
+        yield place, []

@@ -23,7 +23,6 @@ import struct
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 import cassandra
@@ -44,17 +43,17 @@ from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW
 from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, StoreRefusedError
 from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store import tables
-from sidecar.store.base import Store, summed
+from sidecar.store.base import SCAN_ROWS, summed
 from sidecar.store.connection import ask, connection_class
 from sidecar.store.encode import LOGGED, UNLOGGED, BatchEncoder, insert_statement
 from sidecar.store.nodes import GENERATION, Nodes
+from sidecar.store.scans import ProofRows, ms_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 READS_INFLIGHT_MAX: Final = 32
 READ_USERS_MAX: Final = 16  # partitions a question: one alone costs this process 200 us
-SCAN_ROWS: Final = 2_000  # a page of a scan
 WALK_PAGES_MAX: Final = 16  # up to so many partitions are visited unasked; for more it is looked up which there are
 RETRY_BYTES_KEPT_MAX: Final = 1_024  # batches whose bytes are kept for their retry
 CONNECT_S: Final = 5.0
@@ -63,7 +62,6 @@ CLOSE_S: Final = 1.0
 FIRST_LOOKS_MAX: Final = 20
 FIRST_LOOK_EVERY_S: Final = 0.1
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _APPLY: Final = "run `sidecar schema apply`"
 
 
@@ -283,7 +281,7 @@ class _Connected:
         self.encoder: BatchEncoder | None = None
 
 
-class CassandraStore(Store):
+class CassandraStore(ProofRows):
     """Rows in one keyspace of a cluster; what a method needs is prepared when it is first used."""
 
     name = "cassandra"
@@ -771,7 +769,7 @@ class CassandraStore(Store):
             f" FROM {self._keyspace}.stream_decisions WHERE stream = ?"
         )
         rows = await self._select(query, (stream,), consistency=ConsistencyLevel.SERIAL)
-        return [Decision._make((*row[:-1], _ms(row[-1]))) for row in rows]
+        return [Decision._make((*row[:-1], ms_of(row[-1]))) for row in rows]
 
     async def append_decision(self, decision: Decision) -> bool:
         """Append by compare-and-set. When the outcome is unknown the log is read: an identical entry is ours."""
@@ -797,9 +795,6 @@ class CassandraStore(Store):
         return there.get(decision.number) == decision
 
     # --- look-ups ---
-
-    def _trades(self, symbol: str) -> str:
-        return f"{self._keyspace}.{tables.TRADES_PREFIX}{symbol}"
 
     async def trade_exists(self, symbol: str, trade_id: int, stream: str | None = None) -> bool:
         """Read one partition."""
@@ -860,16 +855,20 @@ class CassandraStore(Store):
         """Go through a symbol's table, in the cluster's order of partitions."""
         return self._pages(f"SELECT {', '.join(TRADE_COLUMNS)} FROM {self._trades(symbol)}")
 
-    def scan_ledger_events(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    def scan_ledger_events(
+        self, stream: str, first: int, last: int, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's ledger events, in order."""
-        return self._walk("ledger_events", LEDGER_COLUMNS, stream, first, last)
+        return self._walk("ledger_events", LEDGER_COLUMNS, stream, first, last, rows_a_page)
 
-    def scan_rejected(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    def scan_rejected(
+        self, stream: str, first: int, last: int, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's rejected events, in order."""
-        return self._walk("rejected_events", REJECTED_COLUMNS, stream, first, last)
+        return self._walk("rejected_events", REJECTED_COLUMNS, stream, first, last, rows_a_page)
 
     async def _walk(
-        self, table: str, columns: tuple[str, ...], stream: str, first: int, last: int
+        self, table: str, columns: tuple[str, ...], stream: str, first: int, last: int, rows_a_page: int
     ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go from partition to partition; over a long range only those that are there."""
         first_page, last_page = first // ROW_PAGE_WIDTH, last // ROW_PAGE_WIDTH
@@ -883,7 +882,7 @@ class CassandraStore(Store):
             " WHERE stream = ? AND page = ? AND output_sequence >= ? AND output_sequence <= ?"
         )
         for page in there:
-            async for rows in self._pages(query, (stream, page, first, last)):
+            async for rows in self._pages(query, (stream, page, first, last), rows_a_page=rows_a_page):
                 yield rows
 
     async def scan_balances(self) -> AsyncIterator[list[Balance]]:
@@ -896,10 +895,6 @@ def _list_of(number: str, length: int, values: Collection[int]) -> bytes:
     """Pack a list of numbers as CQL has it: its length, then each with its own."""
     parts = [part for value in values for part in (length, value)]
     return struct.pack(f">i{f'i{number}' * len(values)}", len(values), *parts)
-
-
-def _ms(moment: datetime) -> int:
-    return (moment.replace(tzinfo=UTC) - _EPOCH) // timedelta(milliseconds=1)
 
 
 __all__ = ["CassandraStore", "classified"]

@@ -14,20 +14,31 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch, Row
 from sidecar.disk import DiskThread, insert_rows
 from sidecar.errors import OutcomeUnknownError, StartOver, StoreRefusedError
-from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
-from sidecar.store.base import Store, summed
+from sidecar.events import I63_MAX, AccountKey, AccountValues, Balance, Decision, State
+from sidecar.store.base import (
+    KEYSPACE_STREAM,
+    SCAN_ROWS,
+    ProofFinding,
+    ProofRun,
+    StampedBalance,
+    Store,
+    by_partition,
+    summed,
+)
 
 T = TypeVar("T")
 
 _CACHE_KIB: Final = 65_536  # a million balance rows; with SQLite's own 2 MiB every trade of 300,000 users reads pages
-_SCAN_ROWS: Final = 2_000
 _READ_KEYS: Final = 400
+
+_BALANCE_KEY: Final = ("user_id", "asset_id", "stream")
 
 _TEXT: Final = {"stream": "TEXT", "event_type": "TEXT", "code": "TEXT", "reason": "TEXT", "payload": "BLOB"}
 
@@ -356,7 +367,13 @@ class SQLiteStore(Store):
         return await self._one("ledger_events", LEDGER_COLUMNS, stream, output_sequence)
 
     async def _scan(
-        self, table: str, columns: tuple[str, ...], key: tuple[str, ...], where: str = "", values: tuple[Any, ...] = ()
+        self,
+        table: str,
+        columns: tuple[str, ...],
+        key: tuple[str, ...],
+        where: str = "",
+        values: tuple[Any, ...] = (),
+        rows_a_page: int = SCAN_ROWS,
     ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Page through a table by its key, each page a query of its own: no read transaction stays open."""
         places = [columns.index(name) for name in key]
@@ -366,11 +383,11 @@ class SQLiteStore(Store):
             if after is not None:
                 conditions.append(f"({', '.join(key)}) > ({', '.join('?' * len(key))})")
             clause = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-            query = f"SELECT {', '.join(columns)} FROM {table}{clause} ORDER BY {', '.join(key)} LIMIT {_SCAN_ROWS}"
+            query = f"SELECT {', '.join(columns)} FROM {table}{clause} ORDER BY {', '.join(key)} LIMIT {rows_a_page}"
             rows = await self._read(self._select, query, values + (after or ()))
             if rows:
                 yield rows
-            if len(rows) < _SCAN_ROWS:
+            if len(rows) < rows_a_page:
                 return
             after = tuple(rows[-1][place] for place in places)
 
@@ -378,19 +395,107 @@ class SQLiteStore(Store):
         """Go through a symbol's table."""
         return self._scan(f"settled_trades_{symbol}", TRADE_COLUMNS, ("page", "trade_id", "stream"))
 
-    def scan_ledger_events(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    def scan_ledger_events(
+        self, stream: str, first: int, last: int, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's ledger events."""
-        where = "stream = ? AND output_sequence BETWEEN ? AND ?"
-        return self._scan("ledger_events", LEDGER_COLUMNS, ("page", "output_sequence"), where, (stream, first, last))
+        return self._by_sequence("ledger_events", LEDGER_COLUMNS, (stream, first, last), rows_a_page)
 
-    def scan_rejected(self, stream: str, first: int, last: int) -> AsyncIterator[list[tuple[Any, ...]]]:
+    def scan_rejected(
+        self, stream: str, first: int, last: int, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Go through a stream's rejected events."""
+        return self._by_sequence("rejected_events", REJECTED_COLUMNS, (stream, first, last), rows_a_page)
+
+    def _by_sequence(
+        self, table: str, columns: tuple[str, ...], span: tuple[str, int, int], rows_a_page: int
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
         where = "stream = ? AND output_sequence BETWEEN ? AND ?"
-        return self._scan(
-            "rejected_events", REJECTED_COLUMNS, ("page", "output_sequence"), where, (stream, first, last)
-        )
+        return self._scan(table, columns, ("page", "output_sequence"), where, span, rows_a_page)
 
     async def scan_balances(self) -> AsyncIterator[list[Balance]]:
         """Go through all balance rows."""
-        async for rows in self._scan("user_balances", BALANCE_COLUMNS, ("user_id", "asset_id", "stream")):
+        async for rows in self._scan("user_balances", BALANCE_COLUMNS, _BALANCE_KEY):
             yield [Balance(*row) for row in rows]
+
+    # --- what a proof of the ledger reads and writes ---
+
+    async def list_streams(self) -> list[str]:
+        """Read the names in the decision log."""
+        query = "SELECT DISTINCT stream FROM stream_decisions WHERE stream <> ? ORDER BY stream"
+        return [row[0] for row in await self._read(self._select, query, (KEYSPACE_STREAM,))]
+
+    async def scan_stamped_balances(self, *, rows_a_page: int = SCAN_ROWS) -> AsyncIterator[list[StampedBalance]]:
+        """Go through all balance rows; a file keeps no write times."""
+        async for rows in self._scan("user_balances", BALANCE_COLUMNS, _BALANCE_KEY, rows_a_page=rows_a_page):
+            yield [StampedBalance._make((*row, 0)) for row in rows]
+
+    async def get_stamped_balances(self, user_id: int) -> list[StampedBalance]:
+        """Read one partition."""
+        return [StampedBalance(*row, write_us=0) for row in await self.get_user_balances(user_id)]
+
+    def scan_trades_after(
+        self, symbol: str, after: int | None, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[tuple[int | None, list[tuple[Any, ...]]]]:
+        """Go through a symbol's table, from behind a page."""
+        where, values = ("page > ?", (after,)) if after is not None else ("", ())
+        columns, key = ("page", *TRADE_COLUMNS), ("page", "trade_id", "stream")
+        return by_partition(self._scan(f"settled_trades_{symbol}", columns, key, where, values, rows_a_page))
+
+    def scan_trades_between(
+        self, symbol: str, first: int, last: int | None, *, rows_a_page: int = SCAN_ROWS
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
+        """Go through the trades of some pages."""
+        first_page, bound = self.page_of(symbol, first), I63_MAX if last is None else last
+        where = "page BETWEEN ? AND ? AND trade_id BETWEEN ? AND ?"
+        values = (first_page, self.page_of(symbol, bound), first, bound)
+        key = ("page", "trade_id", "stream")
+        return self._scan(f"settled_trades_{symbol}", TRADE_COLUMNS, key, where, values, rows_a_page)
+
+    async def repair(
+        self,
+        stream: str,
+        rows: Iterable[Balance],
+        absent: Iterable[AccountKey],
+        stamp_us: int,
+        decision: Decision | None,
+    ) -> bool:
+        """Write the rows as they must be, and the decision, in one transaction; there are no write times."""
+        del stamp_us
+        return await self._write(self._repair, stream, list(rows), list(absent), decision)
+
+    def _repair(self, stream: str, rows: list[Balance], absent: list[AccountKey], decision: Decision | None) -> bool:
+        db, places = self._db, ", ".join("?" * len(BALANCE_COLUMNS))
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            taken = decision is not None and not self._append_decision(decision)
+            if not taken:
+                db.executemany(f"INSERT OR REPLACE INTO user_balances VALUES ({places})", rows)
+                delete = "DELETE FROM user_balances WHERE user_id = ? AND asset_id = ? AND stream = ?"
+                db.executemany(delete, [(*key, stream) for key in absent])
+            db.execute("ROLLBACK" if taken else "COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+            raise
+        return not taken
+
+    async def save_run(self, run: ProofRun) -> None:
+        """Write a run's row."""
+        day = datetime.fromtimestamp(run.started_at_ms / 1000, UTC).date().isoformat()
+        row = (day, run.started_at_ms, run.run_id, run.stream, *run[3:])
+        statement = f"INSERT OR REPLACE INTO reconciliation_runs VALUES ({', '.join('?' * len(row))})"
+        await self._write(self._db.execute, statement, row)
+
+    async def save_findings(self, run_id: str, findings: Iterable[ProofFinding]) -> None:
+        """Write a run's findings."""
+        rows = [(run_id, *finding) for finding in findings]
+        statement = f"INSERT OR REPLACE INTO reconciliation_findings VALUES ({', '.join('?' * 11)})"
+        for at in range(0, len(rows), SCAN_ROWS):
+            await self._write(self._db.executemany, statement, rows[at : at + SCAN_ROWS])
+
+    async def load_findings(self, run_id: str) -> list[ProofFinding]:
+        """Read a run's findings."""
+        columns = ", ".join(ProofFinding._fields).replace("fixed_at_ms", "fixed_at")
+        query = f"SELECT {columns} FROM reconciliation_findings WHERE run_id = ? ORDER BY number"
+        return [ProofFinding(*row) for row in await self._read(self._select, query, (run_id,))]

@@ -8,6 +8,7 @@ import itertools
 import secrets
 import sqlite3
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import pytest
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch, Row
 from sidecar.errors import StoreRefusedError
 from sidecar.events import I63_MAX, Account, AccountKey, Balance, Decision, State
-from sidecar.store.base import Store
+from sidecar.store.base import ProofFinding, ProofRun, StampedBalance, Store
 from sidecar.store.sqlite import SQLiteStore
 
 if TYPE_CHECKING:
@@ -533,6 +534,124 @@ def test_more_ledger_events_than_a_page(rows: Rows, stream: str) -> None:
         pages = [page async for page in store.scan_ledger_events(stream, 1, 2_300)]
         assert len(pages) > 1
         assert [row for page in pages for row in page] == written
+
+    rows.run(ask)
+
+
+# --- what a proof of the ledger reads and writes ---
+
+
+def test_streams_are_listed_by_their_decisions(rows: Rows, stream: str) -> None:
+    async def ask(store: Store) -> None:
+        assert await store.append_decision(decision(stream, 1))
+        assert await store.append_decision(decision(f"{stream}/late", 1))
+        await store.append_decision(decision("*", 1))
+        found = await store.list_streams()
+        assert {stream, f"{stream}/late"} <= set(found)
+        assert "*" not in found
+        assert found == sorted(found)
+
+    rows.run(ask)
+
+
+def test_a_table_of_trades_is_gone_through_from_any_cursor(rows: Rows, first: int, stream: str) -> None:
+    """In every page size: from behind each cursor come exactly the rows that had not come with or before it."""
+    trades = {trade_row(stream, first + number, number, "eth_usdt") for number in range(50)}  # pages of 7
+
+    async def ask(store: Store) -> None:
+        batch = make_batch(stream, 1, symbol="eth_usdt", trades=sorted(trades))
+        await store.settle_batch_atomically(batch)
+        for rows_a_page in (1, 3, 7, 10, 1_000):
+            pieces = [piece async for piece in store.scan_trades_after("eth_usdt", None, rows_a_page=rows_a_page)]
+            all_rows = [row for _, some in pieces for row in some]
+            assert len(set(all_rows)) == len(all_rows)
+            assert {row for row in all_rows if row[2] == stream} == trades
+            come: list[Row] = []
+            for cursor, some in pieces:
+                come += some
+                if cursor is not None and (rows_a_page != 1 or len(come) % 5 == 0):
+                    left = store.scan_trades_after("eth_usdt", cursor, rows_a_page=rows_a_page)
+                    assert [row async for _, more in left for row in more] == all_rows[len(come) :]
+            assert pieces[-1][0] is not None
+
+    rows.run(ask)
+
+
+def test_trades_between_two_ids(rows: Rows, first: int, stream: str) -> None:
+    near = {trade_row(stream, first + number, number) for number in range(0, 30_000, 1_000)}
+    far = trade_row(stream, first + 10**12, 5)
+
+    async def ask(store: Store) -> None:
+        await store.settle_batch_atomically(make_batch(stream, 1, trades=[*sorted(near), far]))
+        for low, high, rows_a_page in ((0, 30_000, 4), (5_000, 5_000, 1), (5_001, 19_999, 2), (29_001, None, 100)):
+            last = None if high is None else first + high
+            found = await collected(store.scan_trades_between("btc_usdt", first + low, last, rows_a_page=rows_a_page))
+            wanted = [row for row in (*sorted(near), far) if first + low <= row[1] <= (last or I63_MAX)]
+            assert sorted(row for row in found if row[2] == stream) == wanted, (low, high)
+        assert far in await collected(store.scan_trades_between("btc_usdt", 0, I63_MAX))
+
+    rows.run(ask)
+
+
+def test_balances_come_with_their_write_times(rows: Rows, first: int, stream: str) -> None:
+    async def ask(store: Store) -> None:
+        batch = make_batch(stream, 7, balances={(first + n, 1): Account(n, 1, 7, 0) for n in range(5)})
+        await store.settle_batch_atomically(batch)
+        stamp = batch.stamp_us if store.name == "cassandra" else 0
+        wanted = {StampedBalance(first + n, 1, stream, n, 1, 7, 0, stamp) for n in range(5)}
+        found = await collected(store.scan_stamped_balances(rows_a_page=2))
+        assert {row for row in found if row.stream == stream} == wanted
+        assert await store.get_stamped_balances(first + 3) == [StampedBalance(first + 3, 1, stream, 3, 1, 7, 0, stamp)]
+
+    rows.run(ask)
+
+
+def test_a_repair_goes_backwards_and_is_followed_by_its_decision(rows: Rows, first: int, stream: str) -> None:
+    right, wrong = (
+        Balance(first, 1, stream, 5, 1, 3, 9),
+        {(first, 1): Account(99, 4, 8, 9), (first, 2): Account(1, 1, 8, 0)},
+    )
+
+    async def ask(store: Store) -> None:
+        genesis = decision(stream, 1)
+        assert await store.append_decision(genesis)
+        batch = make_batch(stream, 8, balances=wrong, decisions_read=2)
+        await store.settle_batch_atomically(batch)
+        stamp_us = batch.stamp_us + 1_000_000
+        assert not await store.repair(stream, [right], [(first, 2)], stamp_us, decision(stream, 1, by="repair"))
+        assert await store.read_decisions(stream) == [genesis]
+        assert await store.repair(stream, [right], [(first, 2)], stamp_us, decision(stream, 2))
+        assert await store.get_user_balances(first) == [right]
+        assert len(await store.read_decisions(stream)) == 2
+        # An update of a settler that has not read it yet loses; one stamped above it wins.
+        if store.name == "cassandra":
+            await store.settle_batch_atomically(batch)
+            assert await store.get_user_balances(first) == [right]
+        later = make_batch(stream, 9, balances={(first, 1): Account(6, 2, 9, 9)}, decisions_read=2)
+        await store.settle_batch_atomically(later._replace(stamp_us=stamp_us + 1))
+        assert await store.get_user_balances(first) == [Balance(first, 1, stream, 6, 2, 9, 9)]
+        assert await store.repair(stream, [], [(first, 1)], stamp_us + 2, None)
+        assert await store.get_user_balances(first) == []
+
+    rows.run(ask)
+
+
+def test_runs_and_findings_are_kept(rows: Rows, stream: str) -> None:
+    run = ProofRun(str(uuid.uuid4()), stream, 1_700_000_000_123, 8, 2, 8, 2, None)
+    findings = [
+        ProofFinding(1, "BALANCE_DIFFERS", stream, 1, 2, 3, -(2**63), I63_MAX, "–", None),
+        ProofFinding(2, "EVENT_MISSING", stream, None, None, 7, None, None, "", None),
+    ]
+
+    async def ask(store: Store) -> None:
+        await store.save_run(run)
+        await store.save_run(run._replace(finished_at_ms=1_700_000_001_000))
+        await store.save_findings(run.run_id, findings)
+        assert await store.load_findings(run.run_id) == findings
+        mended = findings[0]._replace(fixed_at_ms=1_700_000_002_345, detail="before, after")
+        await store.save_findings(run.run_id, [mended])
+        assert await store.load_findings(run.run_id) == [mended, findings[1]]
+        assert await store.load_findings(str(uuid.uuid4())) == []
 
     rows.run(ask)
 

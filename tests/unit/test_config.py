@@ -106,7 +106,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "fees": {"revenue_user_id": 0},
     "admin": {"listen": "127.0.0.1:9464"},
-    "reconcile": {"interval_s": 3600.0},
+    "reconcile": {"interval_s": 3600.0, "rate_rows_s": 10_000, "path": None},
 }
 
 
