@@ -25,6 +25,7 @@ from sidecar.events import Refused, Trade
 from sidecar.late import LOOK_EVERY_S, LateReading, readings
 from sidecar.ledger import before
 from sidecar.life import Bounds, Life, until_known
+from sidecar.proof.hourly import Hourly
 from sidecar.record import Recorder
 from sidecar.settle import Settler
 from sidecar.store.base import Store
@@ -169,6 +170,16 @@ async def settle_late(config: Config, stopping: asyncio.Event) -> None:
             settler.stop()
 
 
+def make_hourly(config: Config) -> Hourly:
+    """Make the proof that goes on beside settlement; its `numbers` say how the last one went."""
+    return Hourly(
+        open_store=lambda: open_store(config),
+        path=proof_path(config),
+        interval_s=config.reconcile.interval_s,
+        rate_rows_s=config.reconcile.rate_rows_s,
+    )
+
+
 async def serve(config: Config, *, record: bool, settle: bool) -> None:
     """Run until SIGTERM or SIGINT. Raises what ended a half: the process must then end too."""
     loop = asyncio.get_running_loop()
@@ -185,7 +196,7 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
     held = None
     try:
         async with asyncio.TaskGroup() as parts:
-            halves: list[Recorder | Settler] = []
+            halves: list[Recorder | Settler | Hourly] = []
             if tape is not None:
                 recorder = make_recorder(config, tape)
                 parts.create_task(recorder.run())
@@ -196,6 +207,10 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
                 parts.create_task(_settle(settler))
                 parts.create_task(settle_late(config, stopping))
                 halves.append(settler)
+                if config.reconcile.interval_s:
+                    hourly = make_hourly(config)
+                    parts.create_task(hourly.run())
+                    halves.append(hourly)
             await stopping.wait()
             log.info("stopping", extra={"stream": config.stream.name})
             for half in halves:

@@ -24,11 +24,14 @@ SYMBOL_OF = {(BTC, USDT): "btc_usdt", (ETH, USDT): "eth_usdt"}
 class Books:
     """One stream over an open store, settled event by event."""
 
-    def __init__(self, store: Store, stream: str = "main", *, seed: int = 1, users: int = 40) -> None:
+    def __init__(
+        self, store: Store, stream: str = "main", *, seed: int = 1, users: int = 40, born_us: int = NOW_US
+    ) -> None:
         self.store = store
         self.stream = stream
         self.rng = random.Random(seed)
         self.users = users
+        self.born_us = born_us
         self.sequence = 0
         self.events: list[Event] = []
         self._ids = {BTC: 1_000, ETH: NOW_US // 1000 << 16}
@@ -39,7 +42,7 @@ class Books:
         """Agree, and start over from `durable`: memory is what the rows say."""
         agreed = await decisions.agree(
             self.store, stream=self.stream, first_sequence=1, session=1, engine_session=None, rules=RULES,
-            now_us=NOW_US,
+            now_us=self.born_us,
         )  # fmt: skip
         await self.store.ready_for(agreed.symbols.symbols)
         state = (await self.store.load_state(self.stream)).get("durable") or before(1, agreed.base_us)

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import json
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sidecar.cli.looking import _number, with_store
+from sidecar.cli.looking import _asset_id, _number, with_store
 from sidecar.cli.running import load
-from sidecar.cli.show import amount, table
+from sidecar.cli.show import amount, moment, table
 from sidecar.config import Config
-from sidecar.errors import UsageError
+from sidecar.errors import SidecarError, TapeLockedError, UsageError
+from sidecar.proof import audit as auditing
+from sidecar.proof import statement as stating
 from sidecar.proof.codes import CODES, explain
 from sidecar.proof.fix import Fixed, Fixer, chosen
+from sidecar.proof.positions import WAIT_S
 from sidecar.proof.reconcile import Pace, Progress, Proof, Report
 from sidecar.proof.work import Work
 from sidecar.service import open_store, proof_path
 from sidecar.store.base import Store
-from sidecar.tape import lock
+from sidecar.tape import Lock, lock
 
 T = TypeVar("T")
 SHOWN_MAX = 200  # findings as text; --json has all
 REDRAW_S = 0.5
+ALONE_WITHIN_S = 60.0
 
 
 def add_verbs(verb: Any) -> None:
@@ -38,9 +45,7 @@ def add_verbs(verb: Any) -> None:
     )
     added.add_argument("--full", action="store_true", help="read everything, not only what is new since the last proof")
     added.add_argument("--user", type=_number, metavar="U", help="report on one user's accounts only")
-    added.add_argument(
-        "--rate", type=_number, metavar="R", help="rows a second at most (0: no bound; default: configured)"
-    )
+    added.add_argument("--rate", type=_number, metavar="R", help=_RATE)
     added.add_argument("--restart", action="store_true", help="begin anew where an interrupted proof would be taken up")
     added.add_argument(
         "--explain", nargs="?", const="", metavar="CODE", help="say what a code means and what to do; without one: all"
@@ -49,10 +54,37 @@ def add_verbs(verb: Any) -> None:
         "--fix", nargs="*", type=_number, metavar="NUMBER", help="mend these findings of the last finished proof"
     )
     added.add_argument("--all-findings", action="store_true", help="with --fix: all that can be mended")
-    added.add_argument("--run", metavar="RUN_ID", help="with --fix: of this proof instead of the last one")
+    added.add_argument(
+        "--run", dest="of_run", metavar="RUN_ID", help="with --fix: of this proof instead of the last one"
+    )
     added.add_argument("--yes", action="store_true", help="with --fix: don't ask")
 
+    added = verb("audit", audit, "show from the tables alone that nothing was lost, counted twice or half", _AUDIT)
+    added.add_argument("--rate", type=_number, metavar="R", help=_RATE)
+    added.add_argument("--out", type=Path, metavar="FILE", help="write the summary as JSON to a new file, too")
+    added = verb(
+        "statement", statement, "list every event that touched a user's accounts, with the balance", _STATEMENT
+    )
+    added.add_argument("user", type=_number, metavar="USER", help="user id")
+    added.add_argument("asset", nargs="?", metavar="ASSET", help="an asset's name or id")
+    added.add_argument("--from", dest="first", metavar="WHEN", help="the first sequence, or a time in UTC: 2026-01-31")
+    added.add_argument(
+        "--to", dest="last", metavar="WHEN", help="the last sequence, or a time in UTC: 2026-01-31T12:00"
+    )
+    added.add_argument("--csv", action="store_true", help="lines of CSV; amounts in smallest units")
+    added.add_argument("--rate", type=_number, metavar="R", help=_RATE)
 
+
+_RATE = "rows a second at most (0: no bound; default: reconcile.rate_rows_s)"
+_AUDIT = """\
+every sequence up to the acknowledged one is exactly one of trade, ledger event, rejected event, accepted gap; every row
+stands in its page; balances add up to what was brought in. exit 1 when not. `digest` is SHA-256 of the rest of the
+summary (JSON, keys sorted, no spaces).
+"""
+_STATEMENT = """\
+folded from the tables, exact while settlement goes on; all pages of the symbols are read. exit 1 when a balance does
+not end at the stored one, or the user has no account.
+"""
 _RECONCILE = """\
 exact while settlement goes on. The first proof reads everything; later ones read all balances, and of the events those
 that are new. What was changed in old pages only --full finds. Interrupted, it goes on where it was.
@@ -96,6 +128,24 @@ def shown(progress: Progress, what: str) -> Iterator[None]:
             drawing.join()
 
 
+def _alone(path: Path) -> Lock:
+    """Become the one proof over a work file; wait a while for another that is under way."""
+    deadline = time.monotonic() + ALONE_WITHIN_S
+    while True:
+        try:
+            return lock(path, "proof")
+        except TapeLockedError as held:
+            if time.monotonic() >= deadline:
+                raise SidecarError(f"another proof is under way, wait for it or stop it: {held}") from held
+        if deadline - time.monotonic() > ALONE_WITHIN_S - 0.5:
+            print("another proof is under way: waiting for it", file=sys.stderr)
+        time.sleep(0.5)
+
+
+def _rate(given: argparse.Namespace, config: Config) -> int:
+    return config.reconcile.rate_rows_s if given.rate is None else int(given.rate)
+
+
 def _proved(
     given: argparse.Namespace,
     config: Config,
@@ -104,7 +154,7 @@ def _proved(
     ask: Callable[[Proof, Store, Work], Awaitable[T]],
 ) -> T:
     """Open store and work file, let something be proved, close them."""
-    rate = config.reconcile.rate_rows_s if given.rate is None else given.rate
+    rate = _rate(given, config)
     progress = Progress()
 
     async def prove() -> T:
@@ -131,7 +181,7 @@ def reconcile(given: argparse.Namespace) -> int:
         return _fix(given)
     config = load(given)
     path = proof_path(config)
-    held = lock(path, "lock")
+    held = _alone(path)
     try:
         report = _proved(
             given, config, path, "reconcile",
@@ -155,7 +205,7 @@ def _fix(given: argparse.Namespace) -> int:
     config = load(given)
     path = proof_path(config)
     numbers = None if given.all_findings else set(given.fix)
-    held = lock(path, "lock")
+    held = _alone(path)
     try:
         return _fix_locked(given, config, path, numbers)
     finally:
@@ -164,7 +214,7 @@ def _fix(given: argparse.Namespace) -> int:
 
 def _fix_locked(given: argparse.Namespace, config: Config, path: Path, numbers: set[int] | None) -> int:
     with closing(Work(path)) as work:
-        run_id = given.run or (work.get("finished") or {}).get("run_id")
+        run_id = given.of_run or (work.get("finished") or {}).get("run_id")
     if run_id is None:
         raise UsageError("no proof has finished yet, so there are no findings to mend: run `sidecar reconcile` first")
     try:
@@ -252,3 +302,147 @@ def _line(finding: dict[str, Any], decimals: dict[int, tuple[str, int]]) -> list
         finding["number"], finding["code"], finding["stream"], finding["user_id"], name, finding["sequence"], *values,
         finding["detail"],
     ]  # fmt: skip
+
+
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+def audit(given: argparse.Namespace) -> int:
+    """Audit the tables."""
+    config, progress = load(given), Progress()
+    pace = Pace(rate_rows_s=_rate(given, config))
+    with shown(progress, "audit"):
+        said = with_store(config, lambda store: auditing.audit(store, pace=pace, progress=progress, wait_s=WAIT_S))
+    if given.out is not None:
+        try:
+            with given.out.open("x") as file:
+                json.dump(said, file, indent=2, sort_keys=True)
+                file.write("\n")
+        except OSError as error:
+            raise UsageError(f"--out {given.out}: {error.strerror}; a new file's path is allowed") from error
+    print(json.dumps(said) if given.json else _audit_text(config, said))
+    return 0 if said["ok"] else 1
+
+
+def _audit_text(config: Config, said: dict[str, Any]) -> str:
+    decimals = {asset.id: (name, asset.decimals) for name, asset in config.assets.items()}
+    lines = []
+    for name, stream in said["streams"].items():
+        lines.append(f"stream {name}: sequences {stream['first_sequence']} to {stream['up_to']}")
+        parts = ("trades", "ledger_events", "rejected", "accepted_gaps", "missing", "twice", "in_a_wrong_page")
+        lines += [f"  {stream[part]:>12,} {part.replace('_', ' ')}" for part in parts]
+    rows = []
+    for asset_id, sums in said["assets"].items():
+        name, places = decimals.get(int(asset_id), (asset_id, 0))
+        rows.append([name, *(amount(sums[key], places) for key in ("brought_in", "balances", "difference"))])
+    if rows:
+        lines += ["", table(("asset", "brought in", "balances", "difference"), rows)]
+    if said["not_checked"]:
+        lines.append(f"{len(said['not_checked'])} rows are ahead of what is acknowledged and were not checked")
+    if said["findings"]:
+        heads = ("number", "code", "stream", "user", "asset", "sequence", "expected", "actual", "detail")
+        shown_rows = [_line(each | {"number": n}, decimals) for n, each in enumerate(said["findings"][:SHOWN_MAX], 1)]
+        lines += ["", table(heads, shown_rows), f"{len(said['findings'])} findings"]
+    verdict = "passed" if said["ok"] else "FAILED"
+    return "\n".join([*lines, "", f"audit {verdict}: {said['accounts']} accounts; digest {said['digest']}"])
+
+
+# --- statement --------------------------------------------------------------------------------------------------------
+
+
+def statement(given: argparse.Namespace) -> int:
+    """State a user's accounts."""
+    config, progress = load(given), Progress()
+    asset = _asset_id(config, given.asset) if given.asset is not None else None
+    pace, span = Pace(rate_rows_s=_rate(given, config)), _span(given)
+
+    async def ask(store: Store) -> stating.Statement:
+        return await stating.state(store, given.user, asset, span, pace=pace, progress=progress, wait_s=WAIT_S)
+
+    with shown(progress, "statement"):
+        made = with_store(config, ask)
+    with closing(made):
+        if given.csv:
+            _print_csv(config, made, span)
+        elif given.json:
+            print(json.dumps(_statement_dict(config, made, span)))
+        else:
+            _print_statement(config, made, span)
+        return 0 if made.accounts and all(account.agrees for account in made.accounts) else 1
+
+
+def _span(given: argparse.Namespace) -> stating.Span:
+    keys: dict[str, int] = {}
+    for text, sequence, moment_us in (
+        (given.first, "first_sequence", "first_us"),
+        (given.last, "last_sequence", "last_us"),
+    ):
+        if text is None:
+            continue
+        if text.isdigit():
+            keys[sequence] = int(text)
+            continue
+        try:
+            at = datetime.fromisoformat(text)
+        except ValueError:
+            raise UsageError(
+                f"{text!r}; a sequence, or a time like 2026-01-31 or 2026-01-31T12:00, is allowed"
+            ) from None
+        at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+        keys[moment_us] = (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    return stating.Span(**keys)
+
+
+def _statement_dict(config: Config, made: stating.Statement, span: stating.Span) -> dict[str, Any]:
+    names = {asset.id: name for name, asset in config.assets.items()}
+    accounts = [
+        {
+            "asset": names.get(account.asset_id),
+            "asset_id": account.asset_id,
+            "stream": account.stream,
+            "opening": account.opening,
+            "entries": [entry._asdict() for entry in made.entries(account, span)],
+            "closing": account.closing,
+            "stored": account.stored.available if account.stored is not None else None,
+            "up_to": account.up_to,
+            "events": account.entries_total,
+            "agrees": account.agrees,
+        }
+        for account in made.accounts
+    ]
+    ok = bool(accounts) and all(account["agrees"] for account in accounts)
+    return {"ok": ok, "user_id": made.user_id, "accounts": accounts}
+
+
+def _print_csv(config: Config, made: stating.Statement, span: stating.Span) -> None:
+    names = {asset.id: name for name, asset in config.assets.items()}
+    lines = csv.writer(sys.stdout)
+    lines.writerow(("user_id", "asset", "asset_id", "stream", *stating.Entry._fields))
+    for account in made.accounts:
+        head = (made.user_id, names.get(account.asset_id, ""), account.asset_id, account.stream)
+        lines.writerows((*head, *entry) for entry in made.entries(account, span))
+
+
+def _print_statement(config: Config, made: stating.Statement, span: stating.Span) -> None:
+    decimals = {asset.id: (name, asset.decimals) for name, asset in config.assets.items()}
+    if not made.accounts:
+        print(f"user {made.user_id} has no account")
+    for account in made.accounts:
+        name, places = decimals.get(account.asset_id, (account.asset_id, 0))
+        rows = [
+            (entry.sequence, moment(entry.time_us), entry.role, entry.symbol, entry.reference,
+             amount(entry.delta, places), amount(entry.balance, places))
+            for entry in made.entries(account, span)
+        ]  # fmt: skip
+        print(f"user {made.user_id}, {name}, stream {account.stream}: opening {amount(account.opening, places)}")
+        if rows:
+            print(table(("sequence", "time", "role", "symbol", "reference", "delta", "balance"), rows))
+        print(f"closing {amount(account.closing, places)}")
+        if account.agrees:
+            print(f"all {account.entries_total} events end at the stored balance, {amount(account.final, places)}\n")
+            continue
+        stored = "no row" if account.stored is None else amount(account.stored.available or 0, places)
+        print(
+            f"DIFFERS: {account.entries_total} events up to {account.up_to} come to {amount(account.final, places)},"
+            f" stored is {stored}; run `sidecar reconcile`\n"
+        )

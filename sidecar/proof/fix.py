@@ -26,7 +26,8 @@ from sidecar.decisions import Agreed
 from sidecar.errors import OutcomeUnknownError, SidecarError
 from sidecar.events import Balance, Decision, State
 from sidecar.proof.codes import CODES, Finding
-from sidecar.proof.reconcile import Proof, trade_ids_rise
+from sidecar.proof.positions import trade_ids_rise
+from sidecar.proof.reconcile import Proof
 from sidecar.proof.rows import (
     ASSET,
     LEDGER_SEQUENCE,

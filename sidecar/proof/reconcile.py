@@ -27,12 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
-from sidecar import decisions
-from sidecar.decisions import Agreed
 from sidecar.errors import OutcomeUnknownError
-from sidecar.events import I63_MAX, State
+from sidecar.events import I63_MAX
 from sidecar.proof.codes import Finding
 from sidecar.proof.judge import Pairs, Where, judge, link, opposite, stray, unexplained
+from sidecar.proof.positions import WAIT_S, Known, positions, reached, trade_ids_rise
 from sidecar.proof.rows import AccountKey, Row
 from sidecar.proof.work import Part, Work
 from sidecar.store.base import ProofFinding, ProofRun, Store
@@ -40,9 +39,6 @@ from sidecar.store.base import ProofFinding, ProofRun, Store
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-WAIT_S: Final = 10.0  # for `acked` to reach the rows, while it does not move (design.md: with no settler running)
-WAIT_MOVING_S: Final = 60.0  # the same while it moves: a row further ahead than that was not written by settlement
-POLL_S: Final = 0.25
 CHECKPOINT_ROWS: Final = 200_000
 TRIES_MAX: Final = 5  # without getting any further
 RETRY_S: Final = 1.0
@@ -138,7 +134,7 @@ class Proof:
         self._wait_s = wait_s
         self._throttle = Throttle(pace.rate_rows_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="proof")
-        self._born_ms: dict[str, int] = {}  # when a stream's genesis was decided
+        self._known: dict[str, Known] = {}
         self._cursors: dict[str, Any] = {}
         self._rows_since_checkpoint = 0
 
@@ -187,9 +183,10 @@ class Proof:
 
     async def _once(self, *, full: bool, resume: bool) -> Report:
         run = await self._do(self._work.get, "run")
-        known = await self._positions()
+        known = await positions(self._store)
         if not (run and resume and self._goes_on(run, full, known)):
             run = await self._begin(full, known)
+        self._known = known
         parts = self._parts(run, known)
         await self._do(self._work.rollback)
         await self._do(self._work.begin_fold, parts)
@@ -200,71 +197,50 @@ class Proof:
 
     # --- positions ---
 
-    async def _positions(self) -> dict[str, tuple[Agreed, State | None]]:
-        known: dict[str, tuple[Agreed, State | None]] = {}
-        for name in await self._store.list_streams():
-            agreed = await decisions.read_agreed(self._store, name)
-            if agreed is not None:
-                if name not in self._born_ms:
-                    self._born_ms[name] = (await self._store.read_decisions(name))[0].decided_at_ms
-                known[name] = (agreed, (await self._store.load_state(name)).get("acked"))
-        for agreed, _ in known.values():
-            for symbol in agreed.symbols.symbols.values():
-                self._store.page_widths.setdefault(symbol.name, symbol.page_width)
-        return known
-
     def _goes_on(self, run: dict[str, Any], full: bool, known: dict[str, Any]) -> bool:
         """Say whether a proof that was interrupted can be taken up: the same streams, the same decisions."""
         if full and not run["full"]:
             return False
-        prints = {
-            name: self._fingerprint(name, known[name][0], place["up_to"])
-            for name, place in run["at"].items()
-            if name in known
-        }
+        prints = {name: _fingerprint(known[name], place["up_to"]) for name, place in run["at"].items() if name in known}
         same = prints == {name: place["fingerprint"] for name, place in run["at"].items()}
         if same:
             log.info("reconcile_taken_up", extra={"run_id": run["run_id"]})
         return same
 
-    async def _begin(self, full: bool, known: dict[str, tuple[Agreed, State | None]]) -> dict[str, Any]:
+    async def _begin(self, full: bool, known: dict[str, Known]) -> dict[str, Any]:
         """Read the rows and the positions around them; what is kept of it survives a crash."""
         started_ms, work = _now_ms(), self._work
-        before = {
-            name: state.sequence if state else agreed.first_sequence - 1 for name, (agreed, state) in known.items()
-        }
+        before = {name: each.sequence for name, each in known.items()}
         await self._do(work.clear)
         self.progress.doing = "reading balances"
         async for rows in self._store.scan_stamped_balances(rows_a_page=self._pace.rows_a_page):
             await self._do(work.add_rows, rows)
             self.progress.rows += len(rows)
             await self._throttle.spend(len(rows) / BALANCES_A_ROW)
-        known |= await self._positions()  # a stream that began meanwhile has rows, too
-        highest = await self._do(work.highest)
-        states = await self._wait(known, highest)
-
+        known |= await positions(self._store)  # a stream that began meanwhile has rows, too
         verified = await self._do(work.verified)
-        full = full or not verified or self._needs_all(known, states, verified)
+        wanted = await self._do(work.highest)
+        for name, said in verified.items():
+            wanted[name] = max(wanted.get(name, 0), said["sequence"])
+        self.progress.doing = "waiting for settlement"
+        known = await reached(self._store, known, wanted, self._wait_s)
+
+        full = full or not verified or _needs_all(known, verified)
         if full:
             await self._do(work.forget)
             verified = {}
-        run: dict[str, Any] = {
-            "run_id": str(uuid.uuid4()), "full": full, "started_at_ms": started_ms, "at": {},
-        }  # fmt: skip
-        for name, (agreed, _) in known.items():
-            state = states.get(name)
-            first = agreed.first_sequence
-            at = state.sequence if state else first - 1
-            behind = before.get(name, first - 1)
-            stamp = state.stamp_us if state else 0
+        run: dict[str, Any] = {"run_id": str(uuid.uuid4()), "full": full, "started_at_ms": started_ms, "at": {}}
+        for name, each in known.items():
+            first, at = each.agreed.first_sequence, each.sequence
+            stamp_us = each.acked.stamp_us if each.acked else 0
             run["at"][name] = {
                 "verified": verified[name]["sequence"] if name in verified else first - 1,
-                "before": min(behind, at),
+                "before": min(before.get(name, first - 1), at),
                 "up_to": at,
                 # The next batch's stamp is at least this: a cell with a smaller one never shadows it.
-                "next_stamp_us": max(stamp + 1, agreed.base_us + at + 1 - first),
-                "ids": state.last_trade_ids if state else {},
-                "fingerprint": self._fingerprint(name, agreed, at),
+                "next_stamp_us": max(stamp_us + 1, each.agreed.base_us + at + 1 - first),
+                "ids": each.acked.last_trade_ids if each.acked else {},
+                "fingerprint": _fingerprint(each, at),
             }
         await self._do(work.put, "run", run)
         await self._do(work.put, "cursors", {})
@@ -272,58 +248,10 @@ class Proof:
         await self._do(work.commit)
         return run
 
-    async def _wait(self, known: dict[str, tuple[Agreed, State | None]], highest: dict[str, int]) -> dict[str, State]:
-        """Wait until `acked` is at every row's last_sequence, and where earlier proofs were; give the positions."""
-        self.progress.doing = "waiting for settlement"
-        loop = asyncio.get_running_loop()
-        began = moved_at = loop.time()
-        verified = {name: said["sequence"] for name, said in (await self._do(self._work.verified)).items()}
-        was: dict[str, int] = {}
-        while True:
-            states: dict[str, State] = {}
-            for name in known:
-                state = (await self._store.load_state(name)).get("acked")
-                if state is not None:
-                    states[name] = state
-            at = {name: states[name].sequence if name in states else 0 for name in known}
-            wanted = {name: max(highest.get(name, 0), verified.get(name, 0)) for name in known}
-            behind = [name for name in known if at[name] < wanted[name]]
-            now = loop.time()
-            if any(at[name] != was.get(name) for name in behind):
-                moved_at = now if was else moved_at
-                was = at
-            if not behind or now - moved_at >= self._wait_s or now - began >= max(WAIT_MOVING_S, self._wait_s):
-                return states
-            await asyncio.sleep(min(POLL_S, self._wait_s / 4 or POLL_S))
-
-    def _needs_all(
-        self,
-        known: dict[str, tuple[Agreed, State | None]],
-        states: dict[str, State],
-        verified: dict[str, dict[str, Any]],
-    ) -> bool:
-        """Say whether newest pages are not enough."""
-        if verified.keys() - known.keys():
-            return True  # another store than before
-        for name, (agreed, _) in known.items():
-            acked = states[name].sequence if name in states else agreed.first_sequence - 1
-            said = verified.get(name)
-            if said is not None and (
-                acked < said["sequence"] or said["fingerprint"] != self._fingerprint(name, agreed, said["sequence"])
-            ):
-                return True
-            moved = acked > (said["sequence"] if said else agreed.first_sequence - 1)
-            if moved and not trade_ids_rise(name):
-                return True
-        return False
-
-    def _fingerprint(self, name: str, agreed: Agreed, up_to: int) -> str:
-        return _fingerprint(agreed, self._born_ms[name], up_to)
-
-    def _parts(self, run: dict[str, Any], known: dict[str, tuple[Agreed, State | None]]) -> list[Part]:
+    def _parts(self, run: dict[str, Any], known: dict[str, Known]) -> list[Part]:
         places = ("verified", "before", "up_to", "next_stamp_us")
         self._ids = {name: at["ids"] for name, at in run["at"].items()}
-        return [Part(name, known[name][0], **{key: at[key] for key in places}) for name, at in run["at"].items()]
+        return [Part(name, known[name].agreed, **{key: at[key] for key in places}) for name, at in run["at"].items()]
 
     # --- events ---
 
@@ -425,8 +353,7 @@ class Proof:
         findings += accounts
         findings += unexplained(parts, findings)
 
-        prints = {name: self._fingerprint(name, part.agreed, part.before) for name, part in work.parts.items()}
-        await self._do(work.save, prints)
+        await self._do(work.save, {part.name: _fingerprint(self._known[part.name], part.before) for part in parts})
         for part in parts:
             totals = await self._do(work.totals, part.name)
             for asset in sorted(totals.keys() | part.sums.keys()):
@@ -518,9 +445,19 @@ class Proof:
         await self._do(self._work.put, "finished", finished)
 
 
-def trade_ids_rise(stream: str) -> bool:
-    """Say whether trade ids rise within a symbol on a stream: not on a late one (design.md, Decisions)."""
-    return "/late" not in stream
+def _needs_all(known: dict[str, Known], verified: dict[str, dict[str, Any]]) -> bool:
+    """Say whether the newest pages are not enough: another store than before, or a late stream that has moved."""
+    if verified.keys() - known.keys():
+        return True
+    for name, each in known.items():
+        said = verified.get(name)
+        if said is not None and each.sequence < said["sequence"]:
+            return True
+        if said is not None and said["fingerprint"] != _fingerprint(each, said["sequence"]):
+            return True
+        if each.sequence > (said["sequence"] if said else each.agreed.first_sequence - 1) and not trade_ids_rise(name):
+            return True
+    return False
 
 
 def as_kept(number: int, finding: Finding) -> ProofFinding:
@@ -556,13 +493,13 @@ def _order(finding: Finding) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _fingerprint(agreed: Agreed, born_ms: int, up_to: int) -> str:
+def _fingerprint(known: Known, up_to: int) -> str:
     """Give a short text that changes when what was decided about sequences up to one does, or the stream is another."""
-    said = [
-        agreed.session, agreed.first_sequence, born_ms,
-        [gap for gap in agreed.gaps if gap[0] <= up_to], sorted(each for each in agreed.rejects if each <= up_to),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    agreed = known.agreed
+    gaps = [gap for gap in agreed.gaps if gap[0] <= up_to]
+    rejects = sorted(each for each in agreed.rejects if each <= up_to)
+    said = json.dumps([agreed.session, agreed.first_sequence, known.born_ms, gaps, rejects])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _now_ms() -> int:

@@ -67,7 +67,7 @@ class Scene:
     def first(self, kind: type, *, at: int = 1_500) -> Any:
         return next(event for event in self.books.events[at:] if isinstance(event, kind) or _is_rejected(event, kind))
 
-    async def as_of(self, user: int, asset: int, last: int) -> dict[str, int]:
+    async def as_of(self, user: int, asset: int, last: int) -> dict[str, Any]:
         """Settle the stream's beginning into another file, and read the account there."""
         async with SQLiteStore(Path(self.work.path or "").with_name(f"as-of-{last}.db"), {}) as store:
             books = Books(store)
