@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from sidecar import decisions
@@ -25,13 +26,24 @@ class Books:
     """One stream over an open store, settled event by event."""
 
     def __init__(
-        self, store: Store, stream: str = "main", *, seed: int = 1, users: int = 40, born_us: int = NOW_US
+        self,
+        store: Store,
+        stream: str = "main",
+        *,
+        seed: int = 1,
+        users: int = 40,
+        born_us: int = NOW_US,
+        rules: dict[str, Any] = RULES,
+        source: Iterator[dict[str, Any]] | None = None,
     ) -> None:
+        """Take what is settled from `source` (keys of wire.md, numbered here), or draw it."""
         self.store = store
         self.stream = stream
         self.rng = random.Random(seed)
         self.users = users
         self.born_us = born_us
+        self.rules = rules
+        self.source = source
         self.sequence = 0
         self.events: list[Event] = []
         self._ids = {BTC: 1_000, ETH: NOW_US // 1000 << 16}
@@ -41,7 +53,7 @@ class Books:
     async def begin(self) -> None:
         """Agree, and start over from `durable`: memory is what the rows say."""
         agreed = await decisions.agree(
-            self.store, stream=self.stream, first_sequence=1, session=1, engine_session=None, rules=RULES,
+            self.store, stream=self.stream, first_sequence=1, session=1, engine_session=None, rules=self.rules,
             now_us=self.born_us,
         )  # fmt: skip
         await self.store.ready_for(agreed.symbols.symbols)
@@ -56,6 +68,11 @@ class Books:
         """Draw the stream's next events: trades of two symbols, some with fees, self-trades, ledger events, rejects."""
         drawn: list[Event] = []
         rng = self.rng
+        while self.source is not None and len(drawn) < count:
+            self.sequence += 1
+            drawn.append(event(next(self.source) | {"output_sequence": self.sequence}))
+        if self.source is not None:
+            return drawn
         for _ in range(count):
             self.sequence += 1
             dice, user = rng.random(), 1 + rng.randrange(self.users)

@@ -23,7 +23,7 @@ from sidecar.tape import lock
 log = logging.getLogger(__name__)
 
 ROWS_A_PAGE: Final = 250  # a millisecond of the loop
-SOON_S: Final = 60.0  # after a start, when the last proof is long ago
+SOON_S: Final = 300.0  # after a start, when the last proof is long ago
 LOGGED_FINDINGS_MAX: Final = 50
 
 
