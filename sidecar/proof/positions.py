@@ -48,7 +48,8 @@ async def reached(
 ) -> dict[str, Known]:
     """Wait until every stream is acknowledged up to what is wanted of it; give how they stand when it is over.
 
-    A stream that does not move is waited for `wait_s`, one that moves for WAIT_MOVING_S.
+    A stream that does not move is waited for `wait_s`, one that moves for WAIT_MOVING_S. The logs are read after the
+    positions: a gap that lies below an acknowledged position was decided before it.
     """
     loop = asyncio.get_running_loop()
     began = moved_at = loop.time()
@@ -64,7 +65,8 @@ async def reached(
             moved_at = now
         was = at
         if not behind or now - moved_at >= wait_s or now - began >= max(WAIT_MOVING_S, wait_s):
-            return now_known
+            logs = await positions(store)
+            return {name: logs[name]._replace(acked=each.acked) for name, each in now_known.items()}
         await asyncio.sleep(min(POLL_S, wait_s / 4))
 
 

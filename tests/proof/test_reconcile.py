@@ -242,6 +242,31 @@ def test_a_plain_gap(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+def test_a_gap_that_is_accepted_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(place: Place) -> None:
+        books = place.books
+        await books.settle(books.draw(300))
+        real, calls = place.store.load_state, 0
+
+        async def deciding(stream: str) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:  # before and after the rows were read; now it looks how far settlement is
+                gap = (books.sequence + 1, books.sequence + 5)
+                monkeypatch.setattr(place.store, "load_state", real)
+                await decisions.accept_gap(place.store, "main", *gap, present=[], reason="lost", now_us=NOW_US)
+                books.sequence += 5
+                await books.settle(books.draw(50))
+            return await real(stream)
+
+        monkeypatch.setattr(place.store, "load_state", deciding)
+        for full in (True, False):
+            report = await place.proof(full=full)
+            assert (report.findings, report.up_to["main"]) == ([], books.sequence)
+
+    play(tmp_path, story)
+
+
 def test_late_streams_are_proved_too(tmp_path: Path) -> None:
     """Their trade ids need not rise: when one has moved, everything is read."""
 
