@@ -185,7 +185,7 @@ class Proof:
         run = await self._do(self._work.get, "run")
         known = await positions(self._store)
         if not (run and resume and self._goes_on(run, full, known)):
-            run = await self._begin(full, known)
+            run, known = await self._begin(full, known)
         self._known = known
         parts = self._parts(run, known)
         await self._do(self._work.rollback)
@@ -207,7 +207,7 @@ class Proof:
             log.info("reconcile_taken_up", extra={"run_id": run["run_id"]})
         return same
 
-    async def _begin(self, full: bool, known: dict[str, Known]) -> dict[str, Any]:
+    async def _begin(self, full: bool, known: dict[str, Known]) -> tuple[dict[str, Any], dict[str, Known]]:
         """Read the rows and the positions around them; what is kept of it survives a crash."""
         started_ms, work = _now_ms(), self._work
         before = {name: each.sequence for name, each in known.items()}
@@ -246,7 +246,7 @@ class Proof:
         await self._do(work.put, "cursors", {})
         await self._do(work.put, "fold", {})
         await self._do(work.commit)
-        return run
+        return run, known
 
     def _parts(self, run: dict[str, Any], known: dict[str, Known]) -> list[Part]:
         places = ("verified", "before", "up_to", "next_stamp_us")
