@@ -144,7 +144,6 @@ class Part:
         self.ids: dict[str, int] = {}  # by symbol, the last trade id at `before`
         self.sums: dict[int, int] = {}  # by asset, what ledger events brought in up to `before`
         self.counts = {"trades": 0, "ledger_events": 0, "rejected": 0}  # up to `up_to`, read in this proof
-        self.events_before = 0  # rows up to `before`, those of earlier proofs included
         self.against: dict[AccountKey, list[tuple[int, int]]] = {}  # what a decision forbids: sequence, amount
         self.missing = Ranges()
         self.ahead: dict[AccountKey, int] = {}  # rows above `up_to`
@@ -163,7 +162,6 @@ class Part:
             "ids": self.ids,
             "sums": list(self.sums.items()),
             "counts": self.counts,
-            "events_before": self.events_before,
             "against": [[*key, *each] for key, those in self.against.items() for each in those],
             "ahead_seen": sorted(self.ahead_seen),
         }
@@ -173,7 +171,6 @@ class Part:
         self.ids = dict(said["ids"])
         self.sums = dict(said["sums"])
         self.counts = dict(said["counts"])
-        self.events_before = said["events_before"]
         self.against = {}
         for user, asset, sequence, amount in said["against"]:
             self.against.setdefault((user, asset), []).append((sequence, amount))
@@ -492,17 +489,12 @@ class Work:
                 elif not self._mark(part, sequence):
                     self._odd("EVENT_TWICE", part, sequence, detail="a rejected event, and another row")
                 else:
-                    self._count(part, sequence, "rejected")
+                    part.counts["rejected"] += 1
 
     def _check_page(self, part: Part, page: int, sequence: int, what: str) -> None:
         if page != sequence // ROW_PAGE_WIDTH:
             right = sequence // ROW_PAGE_WIDTH
             self._odd("WRONG_PAGE", part, sequence, expected=right, actual=page, detail=what)
-
-    def _count(self, part: Part, sequence: int, kind: str) -> None:
-        part.counts[kind] += 1
-        if sequence <= part.before:
-            part.events_before += 1
 
     def _take(self, part: Part, sequence: int, postings: dict[AccountKey, int], kind: str) -> bool:
         """Say whether an event is to be posted, and note it; a forbidden, repeated or further one is not."""
@@ -520,7 +512,7 @@ class Work:
         if not self._mark(part, sequence):
             self._odd("EVENT_TWICE", part, sequence, detail=kind.rstrip("s").replace("_", " "))
             return False
-        self._count(part, sequence, kind)
+        part.counts[kind] += 1
         return True
 
     def _odd(self, code: str, part: Part, sequence: int | None, **more: Any) -> None:

@@ -278,6 +278,15 @@ async def rejected_event_deleted(scene: Scene) -> tuple[Expected, Undo | None]:
     return found, lambda: scene.hand.write_rejected(row)
 
 
+async def rejected_beside_a_trade(scene: Scene) -> tuple[Expected, Undo | None]:
+    trade = scene.trade(at=2_000)
+    page = trade.output_sequence // 10_000
+    row = ("main", page, trade.output_sequence, "BAD_FIELD", "by hand", b"frame")
+    await scene.hand.write_rejected(row)
+    found: Expected = {("EVENT_TWICE", None, None, trade.output_sequence)}
+    return found, lambda: scene.hand.delete_event("rejected_events", row)
+
+
 IN_BALANCES: list[Corruption] = [
     balance_raised, balance_lowered, version_changed, row_deleted, row_under_a_stream_that_is_none,
     row_under_another_stream, update_lost, last_sequence_raised, last_sequence_above_all, last_sequence_lowered,
@@ -286,6 +295,7 @@ IN_BALANCES: list[Corruption] = [
 IN_EVENTS: list[Corruption] = [
     trade_deleted, trade_amount_changed, trade_in_another_page, trade_copied_to_another_page,
     trade_of_a_stream_that_is_none, ledger_event_deleted, ledger_event_in_another_page, rejected_event_deleted,
+    rejected_beside_a_trade,
 ]  # fmt: skip
 
 

@@ -160,16 +160,21 @@ def test_an_outage_in_the_middle_is_gone_over(tmp_path: Path, monkeypatch: pytes
     async def story(place: Place) -> None:
         await place.books.play(500)
         monkeypatch.setattr("sidecar.proof.reconcile.RETRY_S", 0.01)
-        real, calls = place.store.scan_ledger_events, 0
+        monkeypatch.setattr("sidecar.proof.work.ACCOUNTS_CACHED_MAX", 3)  # so that some is on disk, and is taken back
+        monkeypatch.setattr("sidecar.proof.reconcile.CHECKPOINT_ROWS", 10**9)
+        real, calls = place.store.scan_trades_after, 0
 
-        def failing(*args: Any, **named: Any) -> Any:
+        async def failing(*args: Any, **named: Any) -> AsyncIterator[Any]:
             nonlocal calls
             calls += 1
-            if calls <= 3:
-                raise OutcomeUnknownError("away")
-            return real(*args, **named)
+            pages = 0
+            async for piece in real(*args, **named):
+                pages += 1
+                if calls <= 3 and pages > 2:
+                    raise OutcomeUnknownError("away")
+                yield piece
 
-        monkeypatch.setattr(place.store, "scan_ledger_events", failing)
+        monkeypatch.setattr(place.store, "scan_trades_after", failing)
         assert (await place.proof()).findings == []
         assert calls > 3
 
@@ -358,6 +363,25 @@ def test_few_accounts_in_memory_make_no_difference(tmp_path: Path, monkeypatch: 
         for full in (True, False):
             assert (await place.proof(full=full)).findings == []
             await place.books.play(100)
+
+    play(tmp_path, story)
+
+
+def test_missing_sequences_are_one_range_wherever_the_bits_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(place: Place) -> None:
+        await place.books.play(300)
+        for sequence in range(60, 71):
+            row = await place.store.get_ledger_event("main", sequence)
+            assert row is not None
+            await place.hand.delete_event("ledger_events", tuple(row.values()))
+        for chunk in (64, 8, 16, 1 << 16):
+            monkeypatch.setattr("sidecar.proof.work._CHUNK", chunk)
+            report = await place.proof(full=True)
+            ranges = [each.detail for each in report.findings if each.code == "EVENT_MISSING" and each.user_id is None]
+            assert ranges == ["sequences 60 to 70: 11 events"]
+            assert report.events == 309
 
     play(tmp_path, story)
 
