@@ -149,6 +149,7 @@ class Part:
         self.ahead: dict[AccountKey, int] = {}  # rows above `up_to`
         self.ahead_seen: set[AccountKey] = set()  # those whose newest event has a row
         self.cache: dict[AccountKey, Fold] = {}
+        self.dirty: set[AccountKey] = set()  # those of the cache that the file does not have yet
         self.bits: dict[int, bytearray] = {}
 
     def is_forbidden(self, sequence: int) -> bool:
@@ -344,6 +345,7 @@ class Work:
         self._db.execute("BEGIN")
         for part in self.parts.values():
             part.cache.clear()
+            part.dirty.clear()
             part.bits.clear()
         cursors: dict[str, Any] = self.get("cursors") or {}
         return cursors
@@ -351,7 +353,8 @@ class Work:
     def _flush(self) -> None:
         for part in self.parts.values():
             rows = []
-            for key, fold in part.cache.items():
+            for key in part.dirty:
+                fold = part.cache[key]
                 at = part.at_before(fold)
                 rows.append(
                     (
@@ -360,6 +363,7 @@ class Work:
                     )
                 )  # fmt: skip
             self._db.executemany(f"INSERT OR REPLACE INTO folds VALUES ({', '.join('?' * 18)})", rows)
+            part.dirty.clear()
             bits = [(part.name, chunk, bytes(those)) for chunk, those in part.bits.items()]
             self._db.executemany("INSERT OR REPLACE INTO bits VALUES (?, ?, ?)", bits)
             if len(part.bits) > _CHUNKS_CACHED_MAX:
@@ -373,6 +377,7 @@ class Work:
 
     def _fetch(self, part: Part, wanted: set[AccountKey]) -> None:
         """Bring accounts into memory: as folded so far, else as earlier proofs and the row's place say."""
+        part.dirty |= wanted
         missing = list(wanted - part.cache.keys())
         for at in range(0, len(missing), _KEYS_A_QUERY):
             some = missing[at : at + _KEYS_A_QUERY]
