@@ -7,6 +7,7 @@ writes with T, so that what a repair does to a living settler can be seen withou
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -108,7 +109,8 @@ class Books:
         assert ledger is not None
         waiting: deque[Folded] = deque()
         first = ledger.sequence + 1
-        for each in (one for one in self.events if one.output_sequence > ledger.sequence):
+        left = bisect_right(self.events, ledger.sequence, key=lambda one: one.output_sequence)
+        for each in self.events[left:]:
             gap = self._agreed.gap_at_or_after(ledger.sequence + 1)
             if gap is not None and gap[0] == ledger.sequence + 1:
                 waiting.append(ledger.pass_over(gap[1]))
@@ -132,9 +134,14 @@ class Books:
                 at = State(ledger.sequence, stamp, dict(ledger.last_trade_ids))
                 await self.store.save_state(self.stream, kind, at)
 
+    async def take(self, events: list[Event]) -> None:
+        """Settle many events, and let the loop turn now and then: Cassandra's connections live on it."""
+        for at in range(0, len(events), 1_000):
+            await self.settle(events[at : at + 1_000])
+
     async def play(self, count: int) -> None:
         """Draw and settle; the last two batches are one user's deposits, so that all others' rows are older."""
-        await self.settle(self.draw(count))
+        await self.take(self.draw(count))
         tail = []
         for _ in range(20):
             self.sequence += 1

@@ -73,7 +73,7 @@ class Scene:
         async with SQLiteStore(Path(self.work.path or "").with_name(f"as-of-{last}.db"), {}) as store:
             books = Books(store, **self.of_books)
             await books.begin()
-            await books.settle(self.books.events[:last])
+            await books.take(self.books.events[:last])
             row = await Hand(store).balance(user, asset)
             return {name: getattr(row, name) for name in ("available", "version", "last_sequence", "updated_at")}
 
