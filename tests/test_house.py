@@ -22,7 +22,9 @@ FLOORS = {
     0: {"errors", "events"},
     1: {"wire", "symbols", "ledger", "batch"},
     2: {"disk", "feed", "replay", "tape", "store", "metrics"},
-    3: {"decisions", "record", "pipeline", "foreign", "life", "streams", "late", "opening", "settle", "reconcile", "proof"},
+    3: {
+        *("decisions", "record", "pipeline", "life", "foreign", "streams", "late", "opening", "settle", "proof"),
+    },
     4: {"config", "service", "admin", "cli", "demo"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
