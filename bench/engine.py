@@ -822,6 +822,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SEQ",
         help="number from 1 again after SEQ, as without a journal",
     )
+    add = parser.add_argument_group("the past (needs --journal)").add_argument
+    add("--replay", metavar="ENDPOINT", help="serve what was published to those who missed it: see bench/past.py")
+    add("--replay-faults", type=Path, metavar="FILE", help="lie about it as FILE says, while it exists")
     add = parser.add_argument_group("reports").add_argument
     add("--journal", type=Path, metavar="FILE", help="JSON lines of what was published")
     add(
@@ -906,6 +909,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.source != "generated" and (args.fees or args.no_deposits or args.first_trade_id != 1):
         parser.error("--fees, --no-deposits and --first-trade-id go with --source generated only")
+    if args.replay and not args.journal:
+        parser.error("--replay serves what the --journal holds; give both")
     if args.users < 1 or args.symbols < 1 or args.first_sequence < 1 or (args.rate is not None and args.rate <= 0):
         parser.error("--users, --symbols, --first-sequence and --rate must be positive")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop
@@ -955,6 +960,11 @@ def _run(args: argparse.Namespace, frames: Iterable[Frame], schedule: Schedule) 
         note(f"can't bind {args.endpoint}: {error}; choose another --endpoint")
         return 1
     journal = Journal(args.journal) if args.journal else None
+    if args.replay:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a program, this file knows only its folder
+        from bench import past
+
+        past.start(args.journal, args.replay, args.replay_faults)
     publisher = Publisher(
         socket,
         args.topic.encode(),
