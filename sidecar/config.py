@@ -237,6 +237,7 @@ class EngineSection:
     receive_hwm_frames: int = _key(_integer(1, I31_MAX, "frames"), 500_000)
     receive_buffer_bytes: int = _key(_integer(4_096, I31_MAX, "bytes"), 8_388_608)
     frame_bytes_max: int = _key(_integer(FRAME_BYTES_MAX_LEAST, 67_108_864, "bytes"), 1_048_576)
+    silence_s: float = _key(_seconds(most=DAY_S, zero="off"), 10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +246,15 @@ class ReplaySection:
 
     endpoint: str = _key(_ENDPOINT)
     timeout_s: float = _key(_seconds(most=3_600.0), 1.0)
+    retry_backoff_max_s: float = _key(_seconds(most=3_600.0), 5.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayServerSection:
+    """Where this tape's past is served to others."""
+
+    endpoint: str = _key(_ENDPOINT)
+    answers_per_s_max: int = _key(_integer(1, 10_000, "answers"), 50)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,6 +369,7 @@ class Config:
     stream: StreamSection = field(default_factory=StreamSection, metadata={"section": StreamSection})
     engine: EngineSection = field(default_factory=EngineSection, metadata={"section": EngineSection})
     replay: ReplaySection | None = field(default=None, metadata={"section": ReplaySection})
+    replay_server: ReplayServerSection | None = field(default=None, metadata={"section": ReplayServerSection})
     tape: TapeSection = field(default_factory=TapeSection, metadata={"section": TapeSection})
     store: StoreSection = field(default_factory=StoreSection, metadata={"section": StoreSection})
     pipeline: PipelineSection = field(default_factory=PipelineSection, metadata={"section": PipelineSection})
@@ -517,7 +528,7 @@ class _Reading:
         self.mistakes: list[str] = []
         self._given: dict[_Path, _Given] = {}
         self._tables: dict[str, dict[str, None]] = {"assets": {}, "symbols": {}}  # their names, in order
-        self._replay = False
+        self._present: set[str] = set()  # sections that somebody named: some are absent unless they are
         self._wrong: set[_Path] = set()  # keys that have a mistake or are missing
 
     # what was given
@@ -570,7 +581,7 @@ class _Reading:
     def _enter(self, path: _Path) -> None:
         if path[0] in self._tables and len(path) == 2:
             self._tables[path[0]][path[1]] = None
-        self._replay |= path == ("replay",)
+        self._present.add(path[0])
 
     def _unknown(self, path: _Path, origin: str) -> None:
         """Name what is unknown of a path, without its value, which may be a secret in a wrong place."""
@@ -595,11 +606,12 @@ class _Reading:
         for part in fields(Config):
             if "table_of" in part.metadata:
                 parts[part.name] = self._table(part.name, part.metadata["table_of"])
-            elif part.name == "replay" and not self._replay:
+            elif part.default is None and part.name not in self._present:
                 parts[part.name] = None
             elif "section" in part.metadata:
                 parts[part.name] = self._section((part.name,), part.metadata["section"])
         config = Config(**parts)
+        self._check_replay(config)
         self._check_store(config)
         self._check_rules(config)
         return replace(config, warnings=tuple(_warnings(config)))
@@ -641,6 +653,14 @@ class _Reading:
             return None if key.default is MISSING else key.default
 
     # what must agree
+
+    def _check_replay(self, config: Config) -> None:
+        asked, served = config.replay, config.replay_server
+        if asked and served and ("replay", "endpoint") not in self._wrong and asked.endpoint == served.endpoint:
+            self.mistakes.append(
+                f"replay.endpoint = {_shown(asked.endpoint)}: is replay_server.endpoint too, so this sidecar would ask "
+                "itself; allowed is somebody else's"
+            )
 
     def _check_store(self, config: Config) -> None:
         if config.store.backend == "sqlite" and _same_file(config.tape.path, config.store.sqlite.path):

@@ -29,6 +29,20 @@ class MalformedFrameError(SidecarError):
     """A frame without a place in the sequence (wire.md, Malformed): kept aside with its bytes, counted, not settled."""
 
 
+class AnswerRefusedError(SidecarError):
+    """An answer of a replay server that can't be true: nothing of it is used, it is asked again later."""
+
+
+class RequestRefusedError(SidecarError):
+    """A request to the replay server that it can't answer; `code` and the message are what it answers."""
+
+    def __init__(self, request_id: object, code: str, reason: str) -> None:
+        """Take the request's id (None when it has none that can be read), the answer's code, and why."""
+        super().__init__(reason)
+        self.request_id = request_id
+        self.code = code
+
+
 class UnknownPairError(SidecarError):
     """No symbol is configured for a pair of assets."""
 

@@ -3,20 +3,24 @@
 A turn's frames are decoded, given their place, and committed together; while one turn is being committed the next is
 collected. When the tape has no room the socket is left alone: frames wait in libzmq, then are dropped by the publisher,
 which shows as a hole. Nothing that was committed is ever harmed by it.
+
+What it hears, and does not hear, it tells others through `<tape>.recorded` (JSON, atomic rename).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from sidecar.errors import MalformedFrameError, TapeFullError
 from sidecar.events import Event, Heartbeat
 from sidecar.feed import Feed
-from sidecar.tape import Tape, read_settled
+from sidecar.refill import Refill
+from sidecar.tape import Tape, read_settled, write_recorded
 from sidecar.wire import decode
 
 log = logging.getLogger(__name__)
@@ -24,6 +28,8 @@ log = logging.getLogger(__name__)
 PENDING_TURNS_MAX: Final = 4  # turns collected while one is being committed
 FULL_RETRY_S: Final = 1.0
 PRUNE_EVERY_S: Final = 5.0
+WATCH_EVERY_S: Final = 0.5
+ROOM_WAIT_S: Final = 0.005
 
 
 class Recorder:
@@ -40,19 +46,26 @@ class Recorder:
         receive_buffer_bytes: int,
         frame_bytes_max: int,
         retention_s: float,
+        silence_s: float = 0.0,
+        refill: Refill | None = None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept.
 
         A payload above `frame_bytes_max` is malformed; one between wire.md's 4 KiB and that is recorded, and rejected.
+        An engine that is not heard for `silence_s` (0: never mind) is called silent. `refill` fills holes, if anybody
+        serves the past.
         """
         self.tape = tape
         self.heard_at_us = 0
+        self.silent_since_us = 0  # when the silence that lasts was noticed to have begun; 0: the engine is heard
         self.other_topics_total = 0
+        self.refill = refill
         self._topic = topic.encode()
         self._pending_max = turn_frames_max * PENDING_TURNS_MAX
         self._frame_bytes_max = frame_bytes_max
         self._retention_s = retention_s
+        self._silence_s = silence_s
         self._now_us = now_us
         self._wake = asyncio.Event()
         self._stopping = False
@@ -75,14 +88,18 @@ class Recorder:
     async def run(self) -> None:
         """Record until `stop`. Raises TapeError when the disk can't be trusted: the process must end (design.md)."""
         self._feed.start()
-        pruning = asyncio.create_task(self._prune())
-        pruning.add_done_callback(lambda _: self._wake.set())
+        beside = [asyncio.create_task(self._prune()), asyncio.create_task(self._watch())]
+        if self.refill is not None:  # the subscription is open: nothing falls between it and the refill's hello
+            beside.append(asyncio.create_task(self.refill.run(self._put)))
+        for task in beside:
+            task.add_done_callback(lambda _: self._wake.set())
         try:
             while not (self._stopping and not self.tape.has_pending):
                 if self._failed is not None:
                     raise self._failed
-                if pruning.done():
-                    pruning.result()
+                for task in beside:
+                    if task.done():
+                        task.result()
                 if not self.tape.has_pending:
                     self._wake.clear()
                     await self._wake.wait()
@@ -90,8 +107,11 @@ class Recorder:
                 await self._commit()
                 self._feed.resume()
         finally:
-            pruning.cancel()
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             self._feed.close()
+            self._say()
 
     async def _commit(self) -> None:
         turn = self.tape.take_turn()
@@ -153,6 +173,59 @@ class Recorder:
                 f"payload is {len(payload)} bytes; engine.frame_bytes_max, {self._frame_bytes_max}, is allowed"
             )
         return decode(payload)
+
+    async def _put(self, session: int | None, events: list[Event]) -> int:
+        """Put frames that were asked for onto the tape, when there is room; give how many of them it lacked.
+
+        `session` is the tape's; None when the first of them opens it. Raises AnswerRefusedError, see `Tape.fill`.
+        """
+        while self.tape.full is not None or self.tape.pending_frames >= self._pending_max:  # noqa: ASYNC110 - not told
+            await asyncio.sleep(ROOM_WAIT_S)
+        if session is not None:
+            filled = self.tape.fill(session, events)
+        elif self.tape.sessions:  # a live frame was quicker
+            filled = 0
+        else:
+            for event in events:
+                self.tape.append(event)
+            filled = len(events)
+        self._wake.set()
+        return filled
+
+    async def _watch(self) -> None:
+        """Notice when the engine falls silent and when it is heard again; tell how recording stands."""
+        loop = asyncio.get_running_loop()
+        heard, heard_at = 0, loop.time()
+        while True:
+            self._say()
+            await asyncio.sleep(min(WATCH_EVERY_S, self._silence_s or WATCH_EVERY_S))
+            total, now = self._feed.frames_total - self.other_topics_total, loop.time()
+            if total != heard:
+                if self.silent_since_us:
+                    silent_s = (self._now_us() - self.silent_since_us) / 1_000_000
+                    log.warning("engine_heard", extra={"silent_s": round(silent_s, 1)})
+                heard, heard_at, self.silent_since_us = total, now, 0
+            elif self._silence_s and not self.silent_since_us and now - heard_at >= self._silence_s:
+                self.silent_since_us = self._now_us() - int((now - heard_at) * 1_000_000)
+                log.warning("engine_silent", extra={"silence_s": self._silence_s, "heard_at_us": self.heard_at_us})
+
+    def said(self) -> dict[str, Any]:
+        """Tell how recording stands: what `<tape>.recorded` holds."""
+        return {
+            "tape_id": self.tape.tape_id,
+            "heard_at_us": self.heard_at_us,
+            "silent_since_us": self.silent_since_us,
+            "full": self.tape.full,
+            "replay": self.refill.said() if self.refill is not None else None,
+            "pid": os.getpid(),
+            "said_at_us": self._now_us(),
+        }
+
+    def _say(self) -> None:
+        try:
+            write_recorded(self.tape.path, self.said())
+        except OSError as error:  # a full disk: told elsewhere, and no reason to stop recording
+            log.debug("recorded_not_told", extra={"error": str(error)})
 
     async def _prune(self) -> None:
         """Delete what is durable and older than `retention_s`, a bounded piece at a time."""

@@ -27,6 +27,8 @@ from sidecar.ledger import before
 from sidecar.life import Bounds, Life, until_known
 from sidecar.proof.hourly import Hourly
 from sidecar.record import Recorder
+from sidecar.refill import Refill
+from sidecar.replay_server import ReplayServer
 from sidecar.settle import Settler
 from sidecar.store.base import Store
 from sidecar.store.sqlite import SQLiteStore
@@ -111,6 +113,17 @@ def open_tape(config: Config) -> Tape:
 
 def make_recorder(config: Config, tape: Tape) -> Recorder:
     """Make the recording half over an open tape."""
+    refill = None
+    if config.replay is not None:
+        refill = Refill(
+            tape=tape,
+            stream=config.stream.name,
+            first_sequence=config.stream.first_sequence,
+            endpoint=config.replay.endpoint,
+            timeout_s=config.replay.timeout_s,
+            retry_backoff_max_s=config.replay.retry_backoff_max_s,
+            frame_bytes_max=config.engine.frame_bytes_max,
+        )
     return Recorder(
         tape=tape,
         endpoint=config.engine.endpoint,
@@ -120,6 +133,8 @@ def make_recorder(config: Config, tape: Tape) -> Recorder:
         receive_buffer_bytes=config.engine.receive_buffer_bytes,
         frame_bytes_max=config.engine.frame_bytes_max,
         retention_s=config.tape.retention_s,
+        silence_s=config.engine.silence_s,
+        refill=refill,
     )
 
 
@@ -135,7 +150,7 @@ def make_settler(config: Config, store: Store, tail: Tail | None) -> Settler:
         bounds=bounds_of(config),
         on_gap=config.stream.on_gap,
         gap_after_s=config.stream.gap_after_s,
-        replay_configured=config.replay is not None,
+        replay_endpoint=config.replay.endpoint if config.replay is not None else None,
         ack_log=config.pipeline.ack_log,
     )
 
@@ -196,11 +211,20 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
     held = None
     try:
         async with asyncio.TaskGroup() as parts:
-            halves: list[Recorder | Settler | Hourly] = []
+            halves: list[Recorder | Settler | ReplayServer | Hourly] = []
             if tape is not None:
                 recorder = make_recorder(config, tape)
                 parts.create_task(recorder.run())
                 halves.append(recorder)
+                if (served := config.replay_server) is not None:
+                    server = ReplayServer(
+                        tape_path=config.tape.path,
+                        stream=config.stream.name,
+                        endpoint=served.endpoint,
+                        answers_per_s_max=served.answers_per_s_max,
+                    )
+                    parts.create_task(server.run())
+                    halves.append(server)
             if settle:
                 held = lock(config.tape.path, "settler")
                 settler = make_settler(config, open_store(config), tape.tail if tape is not None else None)

@@ -35,7 +35,7 @@ from sidecar.ledger import before
 from sidecar.life import TICK_S, WAIT_S, Bounds, Life, until_known
 from sidecar.store.base import Store
 from sidecar.streams import Streams
-from sidecar.tape import Tail, TapeReader, paused_path, read_settled, write_settled
+from sidecar.tape import Tail, TapeReader, paused_path, read_recorded, read_settled, write_settled
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,14 @@ class Settler:
         bounds: Bounds,
         on_gap: str = "halt",
         gap_after_s: float = 5.0,
-        replay_configured: bool = False,
+        replay_endpoint: str | None = None,
         ack_log: Path | None = None,
         late: LateReading | None = None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """Take the store, the tape's path (and its tail, with the recorder in this process), the stream, its rules.
 
+        `replay_endpoint` is whom the recorder asks for what is missing, None when nobody serves the past.
         With `late` it is a late stream that is settled, from the late tape beside that path.
         """
         self.store = store
@@ -81,7 +82,7 @@ class Settler:
         self._batch_trades_max = bounds.batch_trades_max
         self._on_gap = on_gap
         self._gap_after_s = gap_after_s
-        self._replay_configured = replay_configured
+        self._replay_endpoint = replay_endpoint
         self._now_us = now_us
         self._stopping = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
@@ -321,23 +322,42 @@ class Settler:
             first, last = look.hole
             if self._hole_since is None or self._hole_since[0] != first:
                 self._hole_since = (first, now)
-            stood_s = now - self._hole_since[1]
-            if self._on_gap == "record" and stood_s >= self._gap_after_s and not self._replay_configured:
-                await self._record_gap(first, last)
-            elif self._on_gap == "halt" and (stood_s >= self._gap_after_s or not self._replay_configured):
-                accept = f"sidecar gap accept {first} {last} --reason '…'"
-                step = f"find the frames (an archive, another host's tape), or give them up: `{accept}`"
-                reason, step = self._deleted(reader, first, last) or (
-                    f"sequences {first} to {last} never reached this tape",
-                    step,
-                )
-                self._halt(Halt("GAP", first, reason, step))
+            await self._judge_hole(reader, life.agreed.session, first, last, stood_s=now - self._hole_since[1])
         elif look.newer_session is not None:
             reason = f"the engine began anew or contradicted itself: the tape goes on in session {look.newer_session}"
             self._halt(Halt("SESSION_CHANGED", position + 1, reason, SESSION_STEP))
         else:
             self._hole_since = None
             self._stand("running")
+
+    async def _judge_hole(self, reader: TapeReader, session: int, first: int, last: int, *, stood_s: float) -> None:
+        """Wait for replay while it may still come; then record the gap where that is configured, else halt at it."""
+        gone_to, replay_says = self._replay_says(session, first, last)
+        if self._on_gap == "record" and gone_to >= first:
+            if stood_s >= self._gap_after_s:
+                await self._record_gap(first, gone_to, replay_says)
+        elif stood_s >= self._gap_after_s or gone_to >= last:
+            accept = f"sidecar gap accept {first} {last} --reason '…'"
+            step = f"find the frames (an archive, another host's tape), or give them up: `{accept}`"
+            reason = f"sequences {first} to {last} never reached this tape; {replay_says}"
+            reason, step = self._deleted(reader, first, last) or (reason, step)
+            self._halt(Halt("GAP", first, reason, step))
+
+    def _replay_says(self, session: int, first: int, last: int) -> tuple[int, str]:
+        """Give how far a hole is gone from its beginning on (`first - 1`: not at all), and what is known of replay."""
+        if self._replay_endpoint is None:
+            return last, "nobody serves the past"
+        recorder = read_recorded(self._tape_path) or {}
+        said = recorder.get("replay") or {}
+        if recorder.get("tape_id") != self._streams.tape_id or said.get("endpoint") != self._replay_endpoint:
+            return first - 1, f"no recorder has asked {self._replay_endpoint} yet"
+        below = said["gone"].get(str(session), 0)
+        if below > first:
+            gone_to = min(last, below - 1)
+            return gone_to, f"{self._replay_endpoint} says that {first} to {gone_to} is gone"
+        if said["last_error"]:
+            return first - 1, f"replay, attempt {said['attempts']}: {said['last_error']}"
+        return first - 1, f"{self._replay_endpoint} is being asked"
 
     def _deleted(self, reader: TapeReader, first: int, last: int) -> tuple[str, str] | None:
         """Say what is known of a hole that was on this tape once: the store that had settled it has it no more."""
@@ -354,8 +374,8 @@ class Settler:
         )
         return reason, step
 
-    async def _record_gap(self, first: int, last: int) -> None:
-        reason = f"on_gap = record: stood for {self._gap_after_s} s, nobody serves the past"
+    async def _record_gap(self, first: int, last: int, replay_says: str) -> None:
+        reason = f"on_gap = record: stood for {self._gap_after_s} s; {replay_says}"
         try:
             await decision_log.accept_gap(
                 self.store, self._stream, first, last, present=[], reason=reason, now_us=self._now_us()
@@ -365,7 +385,7 @@ class Settler:
             self._halt(Halt("GAP", first, f"sequences {first} to {last} never reached this tape; {refused}", step))
             self._hole_since = None  # and ask again
             return
-        log.error("gap_recorded", extra={"first": first, "last": last})
+        log.error("gap_recorded", extra={"first": first, "last": last, "reason": reason})
         raise StartOver(f"gap {first}…{last} recorded")
 
     async def _tick(self, life: Life) -> None:

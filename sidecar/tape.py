@@ -31,7 +31,14 @@ from typing import Any, Final, NamedTuple
 
 from sidecar import wire
 from sidecar.disk import DiskThread, insert_rows
-from sidecar.errors import TapeDamagedError, TapeError, TapeFullError, TapeLockedError, TapeMissingError
+from sidecar.errors import (
+    AnswerRefusedError,
+    TapeDamagedError,
+    TapeError,
+    TapeFullError,
+    TapeLockedError,
+    TapeMissingError,
+)
 from sidecar.events import Event, Heartbeat
 
 log = logging.getLogger(__name__)
@@ -117,6 +124,11 @@ class Runs:
         at = bisect_right(self._firsts, sequence) - 1
         return at >= 0 and sequence <= self._lasts[at]
 
+    def last_up_to(self, sequence: int) -> int:
+        """Give the highest sequence that is there, at or below another; 0 when none is."""
+        at = bisect_right(self._firsts, sequence) - 1
+        return min(self._lasts[at], sequence) if at >= 0 else 0
+
     def add(self, sequence: int) -> tuple[int, int]:
         """Put in a sequence that isn't there; give the interval that it is now in."""
         firsts, lasts = self._firsts, self._lasts
@@ -191,8 +203,8 @@ class Tail:
         return taken
 
 
-class _OpenSession:
-    """The recorder's knowledge of one session."""
+class OpenSession:
+    """The recorder's knowledge of one session; others only look at it."""
 
     def __init__(self, row: Session, runs: Runs) -> None:
         self.session = row.session
@@ -244,10 +256,11 @@ class Tape:
             self._lock.close()
             raise
         self._sessions = {
-            row.session: _OpenSession(row, _load_runs(self._db, row.session)) for row in _sessions(self._db)
+            row.session: OpenSession(row, _load_runs(self._db, row.session)) for row in _sessions(self._db)
         }
         self._runs_on_disk = {number: dict(opened.runs.list()) for number, opened in self._sessions.items()}
         self.malformed_total = _meta(self._db, "malformed_total")
+        self.tape_id = _meta(self._db, "tape_id")
         self._comparing: sqlite3.Connection | None = None
         self._thread = DiskThread("tape")
         self._pending_by_place: dict[tuple[int, int], bytes] = {}
@@ -260,10 +273,18 @@ class Tape:
         """Count the frames, malformed ones too, that wait for the next commit: the bound for draining the socket."""
         return len(self._frames) + len(self._malformed)
 
-    def append(self, event: Event) -> None:
-        """Give an event its place; it is on disk after `commit`. A repeated one is counted and forgotten."""
+    @property
+    def sessions(self) -> dict[int, OpenSession]:
+        """Give what is known of each session, by its number."""
+        return self._sessions
+
+    def append(self, event: Event, into: OpenSession | None = None) -> None:
+        """Give an event its place; it is on disk after `commit`. A repeated one is counted and forgotten.
+
+        `into` names its session (see `fill`); without it the event says where it belongs.
+        """
         sequence = event.output_sequence
-        open_session = self._session_of(event.session)
+        open_session = into or self._session_of(event.session)
         runs = open_session.runs
         lasts = runs._lasts  # noqa: SLF001 - the one comparison that every live frame takes
         if not (lasts and sequence == lasts[-1] + 1):
@@ -289,6 +310,26 @@ class Tape:
         self._events.append((session, event))
         self._pending_by_place[session, sequence] = payload
 
+    def fill(self, session: int, events: list[Event]) -> int:
+        """Put events that were asked for where a session lacks them; give how many it lacked.
+
+        It never opens a session: raises AnswerRefusedError, and puts none in, when one differs from what is there.
+        """
+        opened = self._sessions[session]
+        missing = []
+        for event in events:
+            if event.output_sequence <= opened.pruned_to:
+                continue
+            if event.output_sequence not in opened.runs:
+                missing.append(event)
+            elif not self._is_repeated(session, event.output_sequence, event.payload):
+                raise AnswerRefusedError(
+                    f"sequence {event.output_sequence} came with other content than is on the tape"
+                )
+        for event in missing:
+            self.append(event, opened)
+        return len(missing)
+
     def append_malformed(self, frames: list[bytes], reason: str) -> None:
         """Keep a frame aside that has no place, with its bytes; `malformed_kept_max` bounds what is kept."""
         self.malformed_total += 1
@@ -309,7 +350,7 @@ class Tape:
             open_session.announced_to = published
             self._announced[open_session.session] = published
 
-    def _session_of(self, engine_session: int | None) -> _OpenSession:
+    def _session_of(self, engine_session: int | None) -> OpenSession:
         sessions = self._sessions
         if not sessions:
             return self._open(engine_session, "the first frame")
@@ -326,9 +367,9 @@ class Tape:
         changed = f"the engine's session changed from {current.engine_session} to {engine_session}"
         return self._open(engine_session, changed)
 
-    def _open(self, engine_session: int | None, reason: str) -> _OpenSession:
+    def _open(self, engine_session: int | None, reason: str) -> OpenSession:
         row = Session(max(self._sessions, default=0) + 1, engine_session, self._now_us(), reason, 0, 0)
-        self._sessions[row.session] = opened = _OpenSession(row, Runs([]))
+        self._sessions[row.session] = opened = OpenSession(row, Runs([]))
         self._new_sessions.append(row)
         (log.info if row.session == 1 else log.error)(
             "session_opened", extra={"session": row.session, "engine_session": engine_session, "reason": reason}
@@ -666,18 +707,40 @@ def paused_path(path: Path) -> Path:
     return path.with_name(path.name + ".paused")
 
 
+def recorded_path(path: Path) -> Path:
+    """Name the file in which the recorder tells what it hears, and how the talk with the replay server stands."""
+    return path.with_name(path.name + ".recorded")
+
+
 def write_settled(path: Path, said: dict[str, Any]) -> None:
     """Replace `<tape>.settled` atomically."""
-    target = settled_path(path)
+    _replace(settled_path(path), said)
+
+
+def read_settled(path: Path) -> dict[str, Any] | None:
+    """Read `<tape>.settled`; None when it isn't there or isn't readable."""
+    return _read(settled_path(path))
+
+
+def write_recorded(path: Path, said: dict[str, Any]) -> None:
+    """Replace `<tape>.recorded` atomically."""
+    _replace(recorded_path(path), said)
+
+
+def read_recorded(path: Path) -> dict[str, Any] | None:
+    """Read `<tape>.recorded`; None when it isn't there or isn't readable."""
+    return _read(recorded_path(path))
+
+
+def _replace(target: Path, said: dict[str, Any]) -> None:
     draft = target.with_name(f"{target.name}.{os.getpid()}")
     draft.write_text(json.dumps(said))
     draft.replace(target)
 
 
-def read_settled(path: Path) -> dict[str, Any] | None:
-    """Read `<tape>.settled`; None when it isn't there or isn't readable."""
+def _read(target: Path) -> dict[str, Any] | None:
     try:
-        said = json.loads(settled_path(path).read_text())
+        said = json.loads(target.read_text())
     except (OSError, ValueError):
         return None
     return said if isinstance(said, dict) else None

@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports point downwards. A new room gets its floor here; `store` stands for all rooms in it.
 FLOORS = {
     0: {"errors", "events"},
-    1: {"wire", "symbols", "ledger", "batch"},
-    2: {"disk", "feed", "replay", "tape", "store", "metrics"},
+    1: {"wire", "symbols", "ledger", "batch", "replay"},
+    2: {"disk", "feed", "talk", "tape", "store", "metrics"},
     3: {
-        *("decisions", "record", "pipeline", "life", "foreign", "streams", "late", "opening", "settle", "proof"),
+        *("decisions", "refill", "replay_server", "record", "pipeline", "life", "foreign", "streams", "late", "opening"),
+        *("settle", "proof"),
     },
     4: {"config", "service", "admin", "cli", "demo"},
 }

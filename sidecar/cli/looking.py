@@ -20,7 +20,7 @@ from sidecar.events import I63_MAX
 from sidecar.late import standing
 from sidecar.service import open_store
 from sidecar.store.base import Store
-from sidecar.tape import TapeReader, is_locked, paused_path, read_settled
+from sidecar.tape import TapeReader, is_locked, paused_path, read_recorded, read_settled
 from sidecar.wire import decode
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def status_of(config: Config) -> dict[str, Any]:
         "rejected": in_store.get("rejected", 0),
         "malformed": 0,
         "settling": settling,
-        "recording": is_locked(path, "recorder"),
+        **_recorder_says(config),
         "sessions": 0,
         "negative_balances": told.get("negative_balances", 0),
         "store": store_says,
@@ -154,6 +154,18 @@ def status_of(config: Config) -> dict[str, Any]:
         if state == "idle" and settling:
             said["state"] = "waiting"
     return said
+
+
+def _recorder_says(config: Config) -> dict[str, Any]:
+    """Give what a running recorder hears, and how its talk with the replay server stands."""
+    recording = is_locked(config.tape.path, "recorder")
+    told = (read_recorded(config.tape.path) or {}) if recording else {}
+    return {
+        "recording": recording,
+        "heard_at_us": told.get("heard_at_us", 0),
+        "silent_since_us": told.get("silent_since_us", 0),
+        "replay": told.get("replay") if config.replay is not None else None,
+    }
 
 
 def _is_accepted(hole: tuple[int, int], gaps: tuple[tuple[int, int], ...]) -> bool:
@@ -198,6 +210,12 @@ def _status_text(said: dict[str, Any]) -> str:
     if holes:
         shown = ", ".join(f"{first}–{last}" if first != last else str(first) for first, last in holes[:10])
         lines.append(f"  holes: {shown}{f' and {len(holes) - 10} more' if len(holes) > 10 else ''}")
+    if said["silent_since_us"]:
+        lines.append(f"  the engine is SILENT since {moment(said['silent_since_us'])}: neither frame nor heartbeat")
+    if said["replay"]:
+        replay = said["replay"]
+        why = f", attempt {replay['attempts']}: {replay['last_error']}" if replay["last_error"] else ""
+        lines.append(f"  replay {replay['endpoint']}: {replay['state']}, {replay['filled_total']} frames filled{why}")
     if said["halted"]:
         halted = said["halted"]
         lines += [f"  HALTED: {halted['code']} at sequence {halted['sequence']}: {halted['reason']}"]

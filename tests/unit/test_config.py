@@ -55,8 +55,10 @@ DEFAULTS: dict[str, Any] = {
         "receive_hwm_frames": 500_000,
         "receive_buffer_bytes": 8_388_608,
         "frame_bytes_max": 1_048_576,
+        "silence_s": 10.0,
     },
     "replay": None,
+    "replay_server": None,
     "tape": {
         "path": "tape.db",
         "size_bytes_max": 10_737_418_240,
@@ -123,6 +125,14 @@ def test_replay_is_there_when_its_section_is() -> None:
     replay = parse(LEAST + '[replay]\nendpoint = "ipc:///run/engine/replay"').replay
     assert replay is not None
     assert (replay.endpoint, replay.timeout_s) == ("ipc:///run/engine/replay", 1.0)
+
+
+def test_nobody_asks_himself_for_the_past() -> None:
+    both = LEAST + '[replay]\nendpoint = "tcp://h:1"\n[replay_server]\nendpoint = "tcp://h:{}"'
+    served = parse(both.format(2)).replay_server
+    assert served == config.ReplayServerSection(endpoint="tcp://h:2", answers_per_s_max=50)
+    with pytest.raises(ConfigError, match="this sidecar would ask itself"):
+        parse(both.format(1))
 
 
 def test_rules_are_what_the_decision_log_holds() -> None:
@@ -571,8 +581,14 @@ def test_the_sample_shows_every_key_with_its_default() -> None:
     assert {**as_dict(sample), "assets": None, "symbols": None} == {**DEFAULTS, "assets": None, "symbols": None}
     symbol = dataclasses.asdict(sample.symbols["btc_usdt"])
     assert symbol == DEFAULTS["symbols"]["btc_usdt"]
-    with_replay = re.sub(r"^# (?=\[replay\]|endpoint = |timeout_s = )", "", text, flags=re.MULTILINE)
+    with_replay = re.sub(
+        r"^# (?=\[replay\]|\[replay_server\]|endpoint = |timeout_s = |retry_backoff_max_s = |answers_per_s_max = )",
+        "",
+        text,
+        flags=re.MULTILINE,
+    )
     assert parse(with_replay).replay == config.ReplaySection(endpoint="tcp://127.0.0.1:5559")
+    assert parse(with_replay).replay_server == config.ReplayServerSection(endpoint="tcp://127.0.0.1:5560")
     given_keys = set(flat(tomllib.loads(with_replay)))
     known = {
         re.sub(r"^(assets|symbols)\.NAME", lambda m: f"{m[1]}.{'btc' if m[1] == 'assets' else 'btc_usdt'}", key)

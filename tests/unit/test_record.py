@@ -15,7 +15,7 @@ from sidecar import record as record_module
 from sidecar.errors import TapeError
 from sidecar.events import Refused
 from sidecar.record import Recorder
-from sidecar.tape import Tape, TapeReader, write_settled
+from sidecar.tape import Tape, TapeReader, read_recorded, write_settled
 from tests.streams import pack, trade_fields
 
 Story = Callable[[zmq.Socket[bytes], Recorder, TapeReader], Coroutine[Any, Any, None]]
@@ -254,3 +254,42 @@ def test_a_longer_topic_with_the_same_beginning_is_not_ours(tmp_path: Path) -> N
         tape.close()
 
     asyncio.run(story())
+
+
+def test_an_engine_that_falls_silent_is_reported_once_and_so_is_its_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(record_module, "WATCH_EVERY_S", 0.02)
+    path = tmp_path / "tape.db"
+
+    def lines(event: str) -> int:
+        return sum(line.getMessage() == event for line in caplog.records)
+
+    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
+        await until(lambda: bool(recorder.silent_since_us))  # also when it never said a word
+        for spell in (1, 2):
+            publisher.send_multipart([b"settlement_other", b"\x80"])  # somebody else's word
+            await asyncio.sleep(0.1)
+            assert recorder.silent_since_us
+            assert (lines("engine_silent"), lines("engine_heard")) == (spell, spell - 1)
+            publisher.send_multipart([b"settlement", pack({"next_sequence": 1})])  # a heartbeat is enough
+            await until(lambda: not recorder.silent_since_us)
+            await until(lambda: bool(recorder.silent_since_us))
+            said = read_recorded(path)
+            assert said is not None
+            assert said["tape_id"] == recorder.tape.tape_id
+            assert said["heard_at_us"] == recorder.heard_at_us
+            assert lines("engine_heard") == spell
+
+    with caplog.at_level("INFO"):
+        tell(path, story, silence_s=0.2)
+
+
+def test_an_engine_is_never_called_silent_when_nobody_minds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "WATCH_EVERY_S", 0.01)
+
+    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
+        await asyncio.sleep(0.2)
+        assert recorder.silent_since_us == 0
+
+    tell(tmp_path / "tape.db", story, silence_s=0.0)
