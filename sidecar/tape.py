@@ -318,15 +318,16 @@ class Tape:
         opened = self._sessions[session]
         missing = []
         for event in events:
-            if event.output_sequence <= opened.pruned_to:
+            sequence = event.output_sequence
+            if sequence <= opened.pruned_to:
                 continue
-            if event.output_sequence not in opened.runs:
+            if sequence not in opened.runs:
                 missing.append(event)
-            elif not self._is_repeated(session, event.output_sequence, event.payload):
-                raise AnswerRefusedError(
-                    f"sequence {event.output_sequence} came with other content than is on the tape"
-                )
+            elif not self._is_repeated(session, sequence, event.payload):
+                raise AnswerRefusedError(f"sequence {sequence} came with other content than is on the tape")
         for event in missing:
+            if event.session is not None and opened.engine_session is None:
+                self._name(opened, event.session)
             self.append(event, opened)
         return len(missing)
 
@@ -361,11 +362,14 @@ class Tape:
             if sessions[number].engine_session == engine_session:
                 return sessions[number]
         if current.engine_session is None:
-            current.engine_session = engine_session
-            self._keyed.append((engine_session, current.session))
+            self._name(current, engine_session)
             return current
         changed = f"the engine's session changed from {current.engine_session} to {engine_session}"
         return self._open(engine_session, changed)
+
+    def _name(self, opened: OpenSession, engine_session: int) -> None:
+        opened.engine_session = engine_session
+        self._keyed.append((engine_session, opened.session))
 
     def _open(self, engine_session: int | None, reason: str) -> OpenSession:
         row = Session(max(self._sessions, default=0) + 1, engine_session, self._now_us(), reason, 0, 0)

@@ -362,6 +362,8 @@ def on_tape(tape: Tape, session: int = 1) -> dict[int, bytes]:
     st.lists(st.sampled_from(KINDS), max_size=12), st.sets(st.integers(1, 40)), st.sampled_from([0, 7]),
     st.integers(0, 99),
 )  # fmt: skip
+@example(["session"], {12, 21}, 7, 0)
+@example(["far-ahead", "stale", "gone", "shifted"], set(), 0, 0)
 def test_a_tape_filled_by_a_liar_who_mends_his_ways_holds_the_truth(
     tmp_path_factory: pytest.TempPathFactory, lies: list[str], heard: set[int], session: int, seed: int
 ) -> None:
@@ -449,6 +451,18 @@ def test_holes_of_an_older_session_are_asked_for_by_its_key_and_never_without_on
                 assert filling.gone == {1: 20}
 
 
+def test_a_session_of_which_only_a_heartbeat_was_heard_is_filled_and_gets_its_key(tmp_path: Path) -> None:
+    frames = true_frames(7, 40)
+    with tape_at(tmp_path / "tape.db") as tape:
+        tape.announce(Heartbeat(41, None, None))
+        filling = refilling(tape, Engine(frames, 7, ["", "", "garbage"], 1))
+        filling._limit = 10
+        run_for(filling, tape, 10)
+        assert on_tape(tape) == frames
+        assert tape.sessions[1].engine_session == 7
+        assert (filling.gone, filling.state) == ({}, "idle")
+
+
 def test_gone_is_remembered_up_to_what_was_asked_and_what_is_there_is_filled(tmp_path: Path) -> None:
     frames = true_frames(0, 40)
     with tape_at(tmp_path / "tape.db") as tape:
@@ -507,10 +521,10 @@ def test_a_frame_that_comes_a_moment_late_is_not_asked_for(tmp_path: Path) -> No
 
         async def story() -> None:
             running = asyncio.create_task(filling.run(put_on(tape)))
-            await asyncio.sleep(1)
+            await asyncio.sleep(1.05)
             asked = len(engine.asked)
             tape.append(decoded(frames[4]))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.09)  # one look in between
             tape.append(decoded(frames[3]))
             await asyncio.sleep(5)
             assert len(engine.asked) == asked
@@ -578,6 +592,7 @@ def test_a_tape_serves_what_it_holds_and_says_what_is_gone(tmp_path: Path) -> No
             await record(tape, trade(1, session=4), trade(1, session=5))
             assert (await ask(asking, ids.ask_hello()))["session"] == 5
             assert len((await ask(asking, ids.ask_replay(4, 1, 9)))["frames"]) == 3  # the older one, by its key
+            assert (await ask(asking, ids.ask_replay(0, 15, 9)))["op"] == "gone"  # and none without
 
     with tape_at(tmp_path / "tape.db") as tape:
         asyncio.run(story(tape))
@@ -596,6 +611,17 @@ def test_an_answer_is_bounded_in_frames_and_bytes(tmp_path: Path) -> None:
             assert 250 < len(large) < 300
             assert (await ask(asking, ids.ask_replay(0, 3_001, 1)))["code"] == "FRAME_TOO_LARGE"
             assert (await ask(asking, b"\xc1"))["op"] == "error"
+
+    with tape_at(tmp_path / "tape.db") as tape:
+        asyncio.run(story(tape))
+
+
+def test_what_was_asked_for_and_is_settled_and_deleted_meanwhile_is_left_out(tmp_path: Path) -> None:
+    async def story(tape: Tape) -> None:
+        await record(tape, *(trade(n) for n in range(1, 11)), trade(20))
+        assert await tape.prune(1, 5, 1 << 62) == 5
+        assert tape.fill(1, [trade(n) for n in range(3, 13)]) == 2
+        assert len(tape.sessions) == 1
 
     with tape_at(tmp_path / "tape.db") as tape:
         asyncio.run(story(tape))
