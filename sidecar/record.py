@@ -177,9 +177,10 @@ class Recorder:
     async def _put(self, session: int | None, events: list[Event]) -> int:
         """Put frames that were asked for onto the tape, when there is room; give how many of them it lacked.
 
+        Once it is to stop there is none: a refill of hours must not hold it up.
         `session` is the tape's; None when the first of them opens it. Raises AnswerRefusedError, see `Tape.fill`.
         """
-        while self.tape.full is not None or self.tape.pending_frames >= self._pending_max:  # noqa: ASYNC110 - not told
+        while not self._room() or self.tape.full is not None:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(ROOM_WAIT_S)
         if session is not None:
             filled = self.tape.fill(session, events)

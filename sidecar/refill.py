@@ -24,12 +24,13 @@ from typing import Any, Final, NamedTuple
 
 from sidecar.errors import AnswerRefusedError, SidecarError
 from sidecar.events import I63_MAX, Event
-from sidecar.replay import ANSWER_BYTES_MAX, FRAMES_MAX, Answer, Busy, Client, Failed, Frames, Gone, Hello
+from sidecar.replay import ANSWER_BYTES_MAX, Answer, Busy, Client, Failed, Frames, Gone, Hello
 from sidecar.talk import Dealer
 from sidecar.tape import OpenSession, Tape, is_locked, read_settled
 
 log = logging.getLogger(__name__)
 
+ASK_FRAMES_MAX: Final = 500  # at once: judged and placed in about 5 ms, for which the socket waits
 LOOK_S: Final = 0.1  # between two looks at the tape; a hole that is there at both is asked for
 SETTLED_LOOK_S: Final = 0.5
 SETTLER_WAIT_S: Final = 5.0  # at the start: for the settler to say what the store has already
@@ -94,7 +95,7 @@ class Refill:
         self._begun_us = now_us()
         self._client = Client(stream=stream, first_id=self._begun_us, frame_bytes_max=frame_bytes_max)
         self._dealer = Dealer(endpoint, ANSWER_BYTES_MAX)
-        self._limit = FRAMES_MAX
+        self._limit = ASK_FRAMES_MAX
         self._settled: dict[str, Any] = {}
         self._settled_looked_at = -SETTLED_LOOK_S
 
@@ -231,7 +232,7 @@ class Refill:
         if filled:
             self.filled_total += filled
             self.failures = 0
-            self._limit = min(self._limit * 2, FRAMES_MAX)
+            self._limit = min(self._limit * 2, ASK_FRAMES_MAX)
             if events[0].output_sequence < self.gone.get(need.session or FIRST_SESSION, 0):
                 del self.gone[need.session or FIRST_SESSION]
         return events[-1].output_sequence + 1 if events else need.last + 1

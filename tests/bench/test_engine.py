@@ -229,6 +229,43 @@ def test_pause_file_quiets_the_stream_and_shifts_the_times(listen: Any, tmp_path
     assert sum(1 for gap in gaps if gap > 2_100) == 1
 
 
+def test_the_past_is_served_from_the_journal_as_it_was_published(listen: Any, tmp_path: Path) -> None:
+    journal, faults, endpoint = tmp_path / "journal", tmp_path / "faults", f"ipc://{tmp_path}/past"
+    listener = listen(
+        *("--source", "generated", "--users", "10", "--count", "300", "--stamp", "--session", "7", "--linger-s", "60"),
+        *("--journal", str(journal), "--replay", endpoint, "--replay-faults", str(faults), "--withhold", "250"),
+    )
+    heard = {msgpack.unpackb(payload)["output_sequence"]: payload for _, payload in iter(listener.receive, None)}
+    assert set(heard) == set(range(1, 301)) - {250}
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(endpoint)
+
+    def ask(op: str, **keys: Any) -> Any:
+        socket.send(msgpack.packb({"op": op, "id": 5, "stream": "main"} | keys))
+        assert socket.poll(5_000)
+        return msgpack.unpackb(socket.recv())
+
+    try:
+        hello = {"op": "hello", "id": 5, "stream": "main", "session": 7, "first_available": 1, "next_sequence": 301}
+        assert ask("hello", protocol=1) == hello
+        data = ask("replay", session=7, limit=2_000, **{"from": 241})
+        assert (data["op"], data["id"], data["from"], data["next_sequence"]) == ("data", 5, 241, 301)
+        assert {n: data["frames"][n - 241] for n in range(241, 301) if n != 250} == {
+            n: heard[n] for n in range(241, 301) if n != 250
+        }
+        assert msgpack.unpackb(data["frames"][9])["output_sequence"] == 250
+        assert ask("replay", session=8, limit=1, **{"from": 1})["op"] == "gone"
+        for fault, op in (("gone 100", "gone"), ("busy 9", "busy"), ("error", "error"), ("wrong-range", "data")):
+            faults.write_text(fault)
+            assert ask("replay", session=7, limit=5, **{"from": 50})["op"] == op
+        faults.unlink()
+        assert len(ask("replay", session=7, limit=5, **{"from": 50})["frames"]) == 5
+    finally:
+        socket.close(linger=0)
+        context.term()
+
+
 def test_sigterm_stops_an_endless_stream_and_leaves_a_whole_journal(listen: Any, tmp_path: Path) -> None:
     journal, status = tmp_path / "journal", tmp_path / "status"
     listener = listen(
@@ -273,6 +310,7 @@ def test_without_a_subscriber_it_says_so_and_exits_1() -> None:
         ("--withhold-until", "9:3"),
         ("--wrong-field", "price=1"),
         ("--wrong-field", "3:output_sequence=1"),
+        ("--replay", "ipc:///x"),
     ],
 )
 def test_wrong_usage_is_refused(options: tuple[str, ...]) -> None:

@@ -191,6 +191,8 @@ def test_f12_router_slow(tmp_path: Path) -> None:
         engine = world.publish("--withhold", "400", rate=500)
         said = world.status_when(lambda said: attempts(said) > 2 and said["taped"] > 600, "it is too slow")
         assert (said["state"], said["holes"], said["acked"]) == ("running", [[400, 400]], 399)
+        world.lie("busy 50")
+        world.status_when(lambda said: said["replay"]["counts"].get("answers", 0) > 5, "it is told to come again")
         world.lie("slow 0.1")
         world.until_acked(said["taped"])
         engine.signal(signal.SIGTERM)

@@ -13,10 +13,10 @@ import zmq
 
 from sidecar import record as record_module
 from sidecar.errors import TapeError
-from sidecar.events import Refused
+from sidecar.events import Event, Refused
 from sidecar.record import Recorder
 from sidecar.tape import Tape, TapeReader, read_recorded, write_settled
-from tests.streams import pack, trade_fields
+from tests.streams import event, pack, trade_fields
 
 Story = Callable[[zmq.Socket[bytes], Recorder, TapeReader], Coroutine[Any, Any, None]]
 
@@ -293,3 +293,26 @@ def test_an_engine_is_never_called_silent_when_nobody_minds(tmp_path: Path, monk
         assert recorder.silent_since_us == 0
 
     tell(tmp_path / "tape.db", story, silence_s=0.0)
+
+
+def test_a_refill_without_end_does_not_keep_a_recorder_that_is_to_stop(tmp_path: Path) -> None:
+    class Endless:
+        put_total = 0
+
+        async def run(self, put: Callable[[int | None, list[Event]], Coroutine[Any, Any, int]]) -> None:
+            await put(None, [event(trade_fields(1))])
+            for first in range(2, 1 << 40, 100):
+                self.put_total += await put(1, [event(trade_fields(n)) for n in range(first, first + 100)])
+
+        def said(self) -> dict[str, Any]:
+            return {}
+
+    endless = Endless()
+
+    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
+        await until(lambda: reader.runs(1).head > 1_000)
+
+    tape = tell(tmp_path / "tape.db", story, refill=endless)
+    with contextlib.closing(TapeReader(tmp_path / "tape.db")) as reader:
+        assert reader.runs(1).list() == [(1, 1 + endless.put_total)]  # what was taken is on disk
+    assert tape.recorded_total == 1 + endless.put_total
