@@ -162,6 +162,9 @@ class Refill:
             answer = await self._ask_for(need, min(self._limit, need.last - need.first + 1))
             if isinstance(answer, Gone):
                 passed[need.session] = self._note_gone(need, answer.first_available)
+            elif answer.next_sequence < hello.next_sequence:  # another engine behind the same address: begin again
+                fell = f"next_sequence fell from {hello.next_sequence} to {answer.next_sequence}: it began anew"
+                raise AnswerRefusedError(fell)
             else:
                 passed[need.session] = await self._put(need, answer.events, put)
         if self.filled_total > filled_before:
@@ -194,6 +197,7 @@ class Refill:
             while answer is None:
                 message = await self._dealer.receive(deadline)
                 if message is None:
+                    self._client.counts["silences"] += 1
                     raise UnansweredError("silent", self._silence())
                 answer = self._client.hear(message)
             self.answered_at_us = self._now_us()
@@ -222,16 +226,23 @@ class Refill:
             return
         answer = await self._ask_for(Need(number, hello.session, newest, newest), 1)
         if isinstance(answer, Frames) and answer.events and answer.events[0].output_sequence == newest:
-            await put(number, answer.events)
+            await self._place(number, answer.events, put)
+
+    async def _place(self, session: int | None, events: list[Event], put: Put) -> int:
+        try:
+            return await put(session, events)
+        except AnswerRefusedError:
+            self._client.counts["contradictions"] += 1
+            raise
 
     async def _put(self, need: Need, events: list[Event], put: Put) -> int:
         """Hand the events on; give the sequence from which on to look for the next need."""
-        filled = await put(need.session or None, events) if events else 0
+        filled = await self._place(need.session or None, events, put) if events else 0
         if need.session == 0 and not filled and self._tape.sessions:
             return 0  # a live frame has opened the session meanwhile: ask again, for that one
         if filled:
             self.filled_total += filled
-            self.failures = 0
+            self.failures, self.last_error = 0, None
             self._limit = min(self._limit * 2, ASK_FRAMES_MAX)
             if events[0].output_sequence < self.gone.get(need.session or FIRST_SESSION, 0):
                 del self.gone[need.session or FIRST_SESSION]

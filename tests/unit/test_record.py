@@ -295,7 +295,11 @@ def test_an_engine_is_never_called_silent_when_nobody_minds(tmp_path: Path, monk
     tell(tmp_path / "tape.db", story, silence_s=0.0)
 
 
-def test_a_refill_without_end_does_not_keep_a_recorder_that_is_to_stop(tmp_path: Path) -> None:
+def test_a_refill_without_end_does_not_keep_a_recorder_that_is_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_module, "ROOM_WAIT_S", 0)  # always something pending
+
     class Endless:
         put_total = 0
 

@@ -426,7 +426,31 @@ def test_an_unkeyed_server_with_another_past_fills_nothing(tmp_path: Path) -> No
         assert on_tape(tape) == before
         assert len(tape.sessions) == 1
         assert "other content" in str(filling.last_error)
+        assert filling.said()["counts"]["contradictions"] > 5
         assert filling.gone == {}
+
+
+def test_an_engine_that_begins_anew_behind_the_same_address_fills_nothing(tmp_path: Path) -> None:
+    frames = true_frames(0, 40)
+    anew = {n: frame(n, price=7) for n in range(1, 31)}
+    with tape_at(tmp_path / "tape.db") as tape:
+        for n in (1, 2, 40):
+            tape.append(decoded(frames[n]))
+        engine = Engine(frames, 0, [], 1)
+        filling = refilling(tape, engine)
+        filling._limit = 1
+
+        def then(request: dict[str, Any], lie: str) -> list[dict[str, Any]]:
+            if len(engine.asked) == 5:  # it was compared, and some is filled
+                engine.frames = anew
+            return Engine._answers(engine, request, lie)
+
+        engine._answers = then  # type: ignore[method-assign]
+        run_for(filling, tape, 60)
+        filled = on_tape(tape)
+        assert len(filled) > 4
+        assert filled == {n: frames[n] for n in filled}
+        assert len(tape.sessions) == 1
 
 
 def test_holes_of_an_older_session_are_asked_for_by_its_key_and_never_without_one(tmp_path: Path) -> None:
