@@ -191,7 +191,10 @@ class Refill:
     async def _ask(self, request: Callable[[], bytes]) -> Answer:
         loop = asyncio.get_running_loop()
         while True:
-            await self._dealer.send(request())
+            try:
+                await self._dealer.send(request())
+            except ConnectionError as error:
+                raise UnansweredError("silent", str(error)) from error
             deadline = loop.time() + self._timeout_s
             answer = None
             while answer is None:

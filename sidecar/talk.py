@@ -30,7 +30,13 @@ class Dealer:
         self._socket: zmq.asyncio.Socket | None = None
 
     async def send(self, message: bytes) -> None:
-        """Ask; what can't be delivered now waits for the server."""
+        """Ask; what can't be delivered now waits for the server. Raises ConnectionError when that can't be."""
+        try:
+            await self._connected().send(message)
+        except zmq.ZMQError as error:
+            raise ConnectionError(f"{self._endpoint}: {error.strerror}") from error
+
+    def _connected(self) -> zmq.asyncio.Socket:
         if self._context is None:
             self._context = zmq.asyncio.Context(1)
         if self._socket is None:
@@ -46,7 +52,7 @@ class Dealer:
             for option, value in options.items():
                 self._socket.setsockopt(option, value)
             self._socket.connect(self._endpoint)
-        await self._socket.send(message)
+        return self._socket
 
     async def receive(self, deadline: float) -> bytes | None:
         """Give the next message; None when there was none up to `deadline` (the loop's time)."""

@@ -413,6 +413,26 @@ def test_a_server_that_never_answers_is_asked_for_ever_with_backoff_on_new_socke
         assert filling.failures == engine.sockets
 
 
+@pytest.mark.parametrize("endpoint", ["tcp://no.such.host.invalid:1", "tcp://[::1%nowhere]:1", "ipc:///no/such/path"])
+def test_a_server_that_can_not_be_reached_at_all_does_not_end_the_recorder(tmp_path: Path, endpoint: str) -> None:
+    async def story(tape: Tape) -> None:
+        filling = Refill(
+            tape=tape, stream="main", first_sequence=1, endpoint=endpoint, timeout_s=0.05, retry_backoff_max_s=0.05,
+            frame_bytes_max=8_192,
+        )  # fmt: skip
+        running = asyncio.create_task(filling.run(put_on(tape)))
+        async with asyncio.timeout(20):
+            while filling.failures < 3 and not running.done():  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        assert not running.done(), running
+        assert (filling.state, endpoint in str(filling.last_error)) == ("silent", True)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    with tape_at(tmp_path / "tape.db") as tape:
+        asyncio.run(story(tape))
+
+
 def test_an_unkeyed_server_with_another_past_fills_nothing(tmp_path: Path) -> None:
     """An engine that began anew and whose frames say no session is known by its content alone."""
     frames = true_frames(0, 40)
