@@ -124,19 +124,15 @@ def test_f01_late_join_of_an_engine_that_has_fallen_silent(tmp_path: Path) -> No
 
 def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path: Path) -> None:
     with Past(tmp_path, "pipeline.durable_after_s=0.5") as world:
-        world.publish("--count", "4000", "--pause-file", str(world.pause_file), rate=1000)
+        world.publish("--count", "4000", rate=1000)
         run = world.start("run")
-        until(lambda: world.said().get("durable", 0) >= 1500, "much is durable")
-        world.pause_file.touch()
-        paused = Path(f"{world.pause_file}.paused")
-        sent = int(until(lambda: paused.exists() and paused.read_text(), "the engine pauses"))
-        until(lambda: world.said().get("durable", 0) >= sent, "all of it is durable")
+        until(lambda: world.said().get("durable", 0) >= 1000, "much is durable")
         assert run.term() == 0
-        world.pause_file.unlink()
-        until(lambda: published(world) > sent + 1000 or published(world) == 4000, "it goes on without a sidecar", 40)
+        durable = world.said()["durable"]
+        until(lambda: published(world) > durable + 1000, "it goes on without a sidecar")
         run = world.start("run", tape="new.db")
         closed(world, run, last=4000, tape="new.db")
-        assert world.recorded("new.db")["filled_total"] <= 4000 - sent
+        assert 0 < world.recorded("new.db")["filled_total"] <= 4000 - durable
 
 
 def test_f03_burst_beyond_the_high_water_mark(tmp_path: Path) -> None:
@@ -206,7 +202,7 @@ LIES = (
 
 
 def test_f13_router_lies(tmp_path: Path) -> None:
-    with Past(tmp_path, "stream.gap_after_s=30", timeout_s=0.2) as world:
+    with Past(tmp_path, "stream.gap_after_s=60", "replay.retry_backoff_max_s=0.2", timeout_s=0.2) as world:
         world.lie("garbage")
         world.serve()
         run = world.start("run")
@@ -219,9 +215,9 @@ def test_f13_router_lies(tmp_path: Path) -> None:
             time.sleep(0.3)  # an answer to the lie before may still be on its way
             heard = world.recorded()["conversations_total"]
             until(lambda heard=heard: world.recorded()["conversations_total"] > heard + 1, f"it hears {lie}", 30)  # type: ignore[misc]
-            said = world.status()
-            assert (said["acked"], said["holes"], said["sessions"]) == (399, [[400, 419]], 1), lie
-            assert said["replay"]["filled_total"] == 0, lie
+            assert (world.said()["acked"], world.recorded()["filled_total"]) == (399, 0), lie
+        said = world.status()
+        assert (said["acked"], said["holes"], said["sessions"]) == (399, [[400, 419]], 1)
         counts = said["replay"]["counts"]
         assert counts["refused"] > 5
         assert counts["garbage"] > 1
@@ -234,7 +230,7 @@ def test_f13_router_lies(tmp_path: Path) -> None:
         closed(world, run, last=engine.result()["last_sequence"])
 
 
-@pytest.mark.parametrize("lie", ["wrong-range", "too-many", "far-ahead"])
+@pytest.mark.parametrize("lie", ["wrong-range", "far-ahead"])
 def test_f13_router_lies_to_an_empty_tape(tmp_path: Path, lie: str) -> None:
     with Past(tmp_path, timeout_s=0.2) as world:
         world.lie(lie)
