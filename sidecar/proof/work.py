@@ -246,11 +246,13 @@ class Work:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA cache_size = -32768")
-        if db.execute("PRAGMA user_version").fetchone()[0] not in (0, _VERSION):
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _VERSION):
             for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
                 db.execute(f"DROP TABLE {name}")
         db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version = {_VERSION}")
+        if version != _VERSION:  # a look at the file must not wait for another process that writes to it
+            db.execute(f"PRAGMA user_version = {_VERSION}")
         return db
 
     def close(self) -> None:
