@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from sidecar.proof.codes import Finding
+from sidecar.proof.fold import Part
 from sidecar.proof.reconcile import Pace, Progress, Proof, Report
-from sidecar.proof.work import Part, Work
+from sidecar.proof.work import Work
 from sidecar.store.base import Store
 
 # What an audit is about; what else a proof finds is about a single balance, and `reconcile` says it.

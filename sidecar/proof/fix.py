@@ -26,6 +26,7 @@ from sidecar.decisions import Agreed
 from sidecar.errors import OutcomeUnknownError, SidecarError
 from sidecar.events import Balance, Decision, State
 from sidecar.proof.codes import CODES, Finding
+from sidecar.proof.fold import At
 from sidecar.proof.positions import trade_ids_rise
 from sidecar.proof.reconcile import Proof
 from sidecar.proof.rows import (
@@ -41,7 +42,7 @@ from sidecar.proof.rows import (
     trade_postings,
     trade_time_us,
 )
-from sidecar.proof.work import At, Work
+from sidecar.proof.work import Work
 from sidecar.store.base import ProofFinding, StampedBalance, Store
 
 log = logging.getLogger(__name__)

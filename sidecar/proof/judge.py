@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from sidecar.proof.codes import Finding
+from sidecar.proof.fold import C_FIRST, C_VERSION, HIGH, At, Fold, Part
 from sidecar.proof.rows import BASE, BUYER, QUOTE, SELLER, SEQUENCE, STREAM, AccountKey, Row
-from sidecar.proof.work import C_FIRST, C_VERSION, HIGH, At, Fold, Part
 from sidecar.store.base import StampedBalance
 
 LINKS_KEPT_MAX: Final = 10

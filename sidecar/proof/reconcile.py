@@ -30,10 +30,11 @@ from typing import Any, Final, TypeVar
 from sidecar.errors import OutcomeUnknownError
 from sidecar.events import I63_MAX
 from sidecar.proof.codes import Finding
+from sidecar.proof.fold import Part
 from sidecar.proof.judge import Pairs, Where, judge, link, opposite, stray, unexplained
 from sidecar.proof.positions import WAIT_S, Known, positions, reached, trade_ids_rise
 from sidecar.proof.rows import AccountKey, Row
-from sidecar.proof.work import Part, Work
+from sidecar.proof.work import Work
 from sidecar.store.base import ProofFinding, ProofRun, Store
 
 log = logging.getLogger(__name__)

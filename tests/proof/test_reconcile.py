@@ -19,9 +19,10 @@ from sidecar.events import State, Trade
 from sidecar.proof.audit import audit
 from sidecar.proof.codes import CODES, explain
 from sidecar.proof.fix import Fixer, NotFixedError
+from sidecar.proof.fold import Ranges, without, zeros
 from sidecar.proof.hourly import Hourly
 from sidecar.proof.reconcile import Pace, Progress, Proof, Report
-from sidecar.proof.work import Ranges, Work, _without, _zeros
+from sidecar.proof.work import Work
 from sidecar.store.sqlite import SQLiteStore
 from tests.books import NOW_US, Books, Hand
 from tests.streams import BTC, USDT
@@ -594,18 +595,18 @@ def test_every_code_is_explained() -> None:
         assert "next step" in explain(code)
 
 
-@pytest.mark.parametrize("zeros", [set(), {0}, {7, 8, 9}, {15}, set(range(16)), {3, 5, 6, 15}])
-def test_zeros_are_found_as_ranges(zeros: set[int]) -> None:
+@pytest.mark.parametrize("places", [set(), {0}, {7, 8, 9}, {15}, set(range(16)), {3, 5, 6, 15}])
+def test_zeros_are_found_as_ranges(places: set[int]) -> None:
     bits = bytearray(b"\xff\xff")
-    for place in zeros:
+    for place in places:
         bits[place // 8] &= ~(1 << place % 8)
-    ranges = list(_zeros(bits))
-    assert {place for low, high in ranges for place in range(low, high + 1)} == zeros
+    ranges = list(zeros(bits))
+    assert {place for low, high in ranges for place in range(low, high + 1)} == places
     assert all(high + 1 < low for (_, high), (low, _) in itertools.pairwise(ranges))
 
 
 def test_gaps_are_taken_out_of_ranges() -> None:
-    assert _without([(1, 10), (20, 30)], [(3, 4), (10, 20), (30, 99)]) == [(1, 2), (5, 9), (21, 29)]
+    assert without([(1, 10), (20, 30)], [(3, 4), (10, 20), (30, 99)]) == [(1, 2), (5, 9), (21, 29)]
     there = Ranges([(3, 5), (9, 9)])
     assert [there.count_to(n) for n in (2, 3, 5, 8, 9, 99)] == [0, 1, 3, 3, 4, 4]
     assert [n for n in range(12) if n in there] == [3, 4, 5, 9]
