@@ -158,8 +158,9 @@ def test_f36_symbol_added_between_lives(tmp_path: Path) -> None:
         engine = world.engine("--count", "3000", rate=1_500)
         halted = until(lambda: world.status()["halted"], "it halts at the symbol it doesn't know", 30)
         assert halted["code"] in ("UNKNOWN_SYMBOL", "UNKNOWN_ASSET")
-        stood = world.said()["acked"]
-        assert stood == halted["sequence"] - 1
+        stood = halted["sequence"] - 1
+        world.until_acked(stood)
+        assert world.said()["acked"] == stood
         run.kill()
         world.toml = with_it
         run = world.start("run")
