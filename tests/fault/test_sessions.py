@@ -144,7 +144,7 @@ def test_f08_same_sequence_other_payload(tmp_path: Path) -> None:
         run = world.start("run")
         world.engine("--count", "2000", "--contradict", "900").result()
         assert _halts(world)["sequence"] == 901
-        assert world.said()["acked"] == 900
+        world.until_acked(900)
         world.verb("stream", "next", "second", "--first-sequence", "901", status=0)
         _until_stream(world, run, "second", 2000)
         _closes(world, run, 900, ["--up-to", "900"], ["--stream", "second", "--first-sequence", "901"])
