@@ -75,6 +75,8 @@ def test_an_import_that_is_killed_and_repeated_is_there_once(
         one = world.verb("balance", "7", "btc", status=0)["balances"][0]
         assert one["streams"][STREAM]["available"] == next(n for u, a, n in rows if (u, a) == (7, 1))
         assert one["total"] == sum(row["available"] for row in one["streams"].values())
+        proved = world.verb("reconcile", status=0)
+        assert (proved["ok"], proved["streams"]) == (True, ["main", STREAM])
         assert run.term() == 0
         verdict = world.judge("--also-stream", STREAM)
         assert verdict["ok"], verdict

@@ -95,6 +95,8 @@ def test_a_gap_found_in_an_archive_and_rejected_events_made_valid(tmp_path: Path
         balances = world.verb("balance", str(event["buyer_user_id"]), status=0)["balances"]
         assert all(one["total"] == sum(row["available"] for row in one["streams"].values()) for one in balances)
         assert any("main/late" in one["streams"] for one in balances)
+        proved = world.verb("reconcile", status=0)
+        assert (proved["ok"], proved["streams"]) == (True, ["main", "main/late"])
         assert run.term() == 0
         verdict = world.judge("--accepted-gaps", "700-710", "--also-stream", "main/late")
         assert verdict["ok"], verdict

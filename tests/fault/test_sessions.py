@@ -26,6 +26,7 @@ QUICKLY_DURABLE = ["pipeline.durable_after_s=0.5"]
 def _closes(world: World, run: Process, before: int, *judged: Sequence[str]) -> None:
     """The three assertions: equal to the journal (each stream by its own judgement), nothing twice, progress."""
     assert world.said()["acked"] > before, "no progress after healing"
+    assert world.verb("reconcile", status=0)["ok"]  # the operator's own proof says so, too
     assert run.term() == 0
     streams = [
         arguments[arguments.index("--stream") + 1] if "--stream" in arguments else "main" for arguments in judged
