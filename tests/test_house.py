@@ -23,19 +23,8 @@ FLOORS = {
     1: {"wire", "symbols", "ledger", "batch", "replay"},
     2: {"disk", "feed", "talk", "tape", "store", "metrics"},
     3: {
-        *(
-            "decisions",
-            "refill",
-            "replay_server",
-            "record",
-            "pipeline",
-            "life",
-            "foreign",
-            "streams",
-            "late",
-            "opening",
-        ),
-        *("settle", "proof"),
+        *("decisions", "refill", "replay_server", "record"),
+        *("pipeline", "life", "foreign", "streams", "late", "opening", "settle", "proof"),
     },
     4: {"config", "service", "admin", "cli", "demo"},
 }
