@@ -130,7 +130,10 @@ class Fixer:
             if (why := deviating.get(_where(each))) is not None and not why.is_fixable:
                 step = CODES[why.code].next_step
                 result.not_fixed.append({"number": each.number, "code": each.code, "why": f"now {why.code}: {step}"})
-        while left := {where for where, why in deviating.items() if why.is_fixable}:
+        late: set[Where] = (
+            set()
+        )  # a settler may have moved `durable` past S meanwhile: whatever it looks like, once more
+        while left := {where for where, why in deviating.items() if why.is_fixable} | late:
             if self.passes >= PASSES_MAX:
                 where = ", ".join(f"user {user} asset {asset} on {stream}" for stream, user, asset in sorted(left))
                 raise NotFixedError(
@@ -138,9 +141,11 @@ class Fixer:
                     " the engine's times far ahead? Run `sidecar reconcile` and look at the write times"
                 )
             self.passes += 1
+            late = set()
             for stream in sorted({stream for stream, _, _ in left}):
                 keys = sorted((user, asset) for name, user, asset in left if name == stream)
-                made = await self._passed(stream, keys, run_id)
+                made, is_in_time = await self._passed(stream, keys, run_id)
+                late |= set() if is_in_time else {(stream, *key) for key in made}
                 for key, (before, after) in made.items():
                     first.setdefault((stream, *key), before)
                     last[stream, *key] = after
@@ -172,17 +177,21 @@ class Fixer:
 
     async def _passed(
         self, stream: str, keys: list[AccountKey], run_id: str
-    ) -> dict[AccountKey, tuple[StampedBalance | None, At]]:
-        """Make one pass over some accounts of a stream; give them as they were and as they are. Empty: begin again."""
+    ) -> tuple[dict[AccountKey, tuple[StampedBalance | None, At]], bool]:
+        """Make one pass over some accounts of a stream; give them as they were and as they are, and whether in time.
+
+        Nothing was written to those that are not in the answer.
+        """
         self.progress.doing = f"mending {len(keys)} rows"
         loop = asyncio.get_running_loop()
         began = loop.time()
+        made: dict[AccountKey, tuple[StampedBalance | None, At]] = {}
         try:
             agreed = await decisions.read_agreed(self._store, stream)
             acked = (await self._store.load_state(stream)).get("acked") if agreed else None
             folded = await self._folded(stream, keys, acked) if agreed and acked else dict.fromkeys(keys, (0, 0, 0, 0))
             if folded is None:
-                return {}
+                return {}, True
             rows = {key: await self._row(stream, key) for key in keys}
             newest = max([row.write_us for row in rows.values() if row is not None], default=0)
             stamp_us = max(newest, acked.stamp_us if acked else 0, self._now_us()) + int(self._durable_after_s * 1e6)
@@ -198,19 +207,19 @@ class Fixer:
             made = {key: (rows[key], folded[key]) for key in keys}
             if agreed is None:  # nobody settles this stream, and nobody is to obey
                 await self._store.repair(stream, present, absent, stamp_us, None)
-                return made
+                return made, True
             while not await self._store.repair(
                 stream, present, absent, stamp_us, await self._stamp(stream, stamp_us, run_id, len(keys))
             ):
                 if loop.time() - began > self._durable_after_s * IN_TIME:
-                    return {}
+                    return made, False
         except OutcomeUnknownError as unknown:
             log.warning("fix_goes_on", extra={"error": str(unknown)})
-            return {}
+            return made, False
         took_s = loop.time() - began
         is_in_time = took_s <= self._durable_after_s * IN_TIME
         log.info("fixed", extra={"stream": stream, "accounts": len(keys), "seconds": took_s, "in_time": is_in_time})
-        return made if is_in_time else {}
+        return made, is_in_time
 
     async def _stamp(self, stream: str, stamp_us: int, run_id: str, accounts: int) -> Decision:
         body = {"base_us": stamp_us + 1, "run_id": run_id, "accounts": accounts}

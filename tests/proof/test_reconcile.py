@@ -445,6 +445,35 @@ def test_a_repair_that_was_lost_is_made_again(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_repair_that_took_too_long_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However right it looks: a settler may have begun above S. Before and after stay those of the first pass."""
+
+    async def story(place: Place) -> None:
+        await place.books.play(200)
+        row = await place.hand.balance(4, USDT)
+        await place.hand.set_balance(row, available=0)
+        work = Work(tmp_path / "work")
+        proof = Proof(store=place.store, work=work, pace=Pace(), wait_s=0.05)
+        run_id = (await proof.run()).run_id
+        real = place.store.repair
+
+        async def slow(*given: Any) -> bool:
+            monkeypatch.setattr("sidecar.proof.fix.IN_TIME", 0.0 if fixer.passes == 1 else 10_000.0)
+            return await real(*given)
+
+        monkeypatch.setattr(place.store, "repair", slow)
+        fixer = Fixer(store=place.store, work=work, proof=proof, durable_after_s=5.0)
+        (one,) = (await fixer.fix(run_id, None)).fixed
+        assert fixer.passes == 2
+        assert (one["before"]["available"], one["after"]["available"]) == (0, row.available)
+        log = await place.store.read_decisions("main")
+        assert [entry.kind for entry in log] == ["genesis", "stamp", "stamp"]
+        proof.close()
+        work.close()
+
+    play(tmp_path, story)
+
+
 def test_a_repair_is_given_up_when_it_never_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         async with _Jumpy(tmp_path / "settlement.db", {}) as store:
