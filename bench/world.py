@@ -87,10 +87,14 @@ class World:
         return given
 
     def start(
-        self, verb: str, *more: str, tape: str = "tape.db", log: str | None = None, module: Sequence[str] = ("sidecar",)
-    ) -> Process:
-        """Start `sidecar VERB` (or another module that runs it); it is killed when the world ends."""
-        command = [sys.executable, "-m", *module, verb, *self.config(tape)]
+        self, verb: str, *more: str, tape: str = "tape.db", log: str | None = None,
+        module: Sequence[str] = ("sidecar",), under: Sequence[str] = (),
+    ) -> Process:  # fmt: skip
+        """Start `sidecar VERB` (or another module that runs it); it is killed when the world ends.
+
+        `under` is a command that becomes the process (`env …`, `strace -D …`).
+        """
+        command = [*under, sys.executable, "-m", *module, verb, *self.config(tape)]
         for setting in more:
             command += ["--set", setting]
         return self._start(command, self.folder / (log or f"{verb}.log"))

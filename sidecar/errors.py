@@ -126,11 +126,11 @@ class TapeFullError(TapeError):
 
 
 class TapeDamagedError(TapeError):
-    """A frame on the tape is not what was recorded: settlement halts with TAPE_DAMAGED."""
+    """What is on the tape is not what was recorded, or can't be read: settlement halts with TAPE_DAMAGED."""
 
     def __init__(
         self, session: int, sequence: int, why: str = "the frame on the tape does not match its checksum"
     ) -> None:
-        """Name the frame, and how the damage shows."""
-        super().__init__(f"session {session}, sequence {sequence}: {why}")
+        """Name the frame (session 0: it is the file as a whole), and how the damage shows."""
+        super().__init__(f"session {session}, sequence {sequence}: {why}" if session else why)
         self.sequence = sequence

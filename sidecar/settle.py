@@ -94,6 +94,7 @@ class Settler:
         self._session = 0
         self._streams = Streams(None)
         self._was = 0, 0  # durable and decisions, as the settler before said: a store that knows less was set back
+        self._unsaid = False
         self._foreign_to = 0
         self._foreign: ForeignPart | None = None
         self._ack_log: IO[bytes] | None = None
@@ -144,6 +145,8 @@ class Settler:
                 except* StoreRefusedError as refused:
                     step = "make the database accept it (schema, rights), then restart the sidecar"
                     halted = Halt("STORE_REFUSED", self._next_sequence(), _first(refused), step)
+                except* TapeDamagedError as damaged:
+                    halted = _damaged(_innermost(damaged), self._next_sequence())
                 except* Halt as halt:
                     halted = _innermost(halt)
                 except* OutcomeUnknownError as unknown:
@@ -220,7 +223,7 @@ class Settler:
                 try:
                     await self._settle(life, reader)
                 except (Halt, TapeDamagedError) as why:
-                    self._halt(why if isinstance(why, Halt) else _damaged(why, life))
+                    self._halt(why if isinstance(why, Halt) else _damaged(why, life.ledger.sequence + 1))
                     await self._stopping.wait()  # a new decision ends this life: see Life.tick
                 await life.pipeline.drained()
                 await life.save_acked()
@@ -577,12 +580,20 @@ class Settler:
         }
 
     def _say(self) -> None:
-        write_settled(self._told_path, self.said())
+        try:
+            write_settled(self._told_path, self.said())
+        except OSError as error:  # a full disk: the store has the positions, this file only tells of them
+            if not self._unsaid:
+                extra = {"path": str(self._told_path), "error": str(error)}
+                log.error("settled_not_written", extra=extra)  # noqa: TRY400 - the error says it all
+            self._unsaid = True
+        else:
+            self._unsaid = False
 
 
-def _damaged(damaged: TapeDamagedError, life: Life) -> Halt:
-    step = "restore the tape from a copy, or begin a new one that another host or an archive fills"
-    return Halt("TAPE_DAMAGED", damaged.sequence or life.ledger.sequence + 1, str(damaged), step)
+def _damaged(damaged: TapeDamagedError, next_sequence: int) -> Halt:
+    step = "restore the tape from a copy, or begin a new one that another host or an archive fills; then restart"
+    return Halt("TAPE_DAMAGED", damaged.sequence or next_sequence, str(damaged), step)
 
 
 def _innermost(group: BaseExceptionGroup[Any]) -> Any:

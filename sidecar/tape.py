@@ -252,19 +252,26 @@ class Tape:
         self._lock = lock(path, "recorder")
         try:
             self._db = connect_writer(path)
+            self._load()
         except BaseException:
             self._lock.close()
             raise
-        self._sessions = {
-            row.session: OpenSession(row, _load_runs(self._db, row.session)) for row in _sessions(self._db)
-        }
-        self._runs_on_disk = {number: dict(opened.runs.list()) for number, opened in self._sessions.items()}
-        self.malformed_total = _meta(self._db, "malformed_total")
-        self.tape_id = _meta(self._db, "tape_id")
         self._comparing: sqlite3.Connection | None = None
         self._thread = DiskThread("tape")
         self._pending_by_place: dict[tuple[int, int], bytes] = {}
         self._begin_turn()
+
+    def _load(self) -> None:
+        db = self._db
+        try:
+            self._sessions = {row.session: OpenSession(row, _load_runs(db, row.session)) for row in _sessions(db)}
+            self.malformed_total = _meta(db, "malformed_total")
+            self.tape_id = _meta(db, "tape_id")
+        except sqlite3.Error as error:
+            db.close()
+            step = "restore it from a copy, or name another file as tape.path and fill that from replay or an archive"
+            raise TapeError(f"{self.path} can't be read: {error}; {step}") from error
+        self._runs_on_disk = {number: dict(opened.runs.list()) for number, opened in self._sessions.items()}
 
     # --- what a frame becomes: decided on the loop, in memory ---------------------------------------------------------
 
@@ -504,22 +511,20 @@ class Tape:
 
     def _prune(self, session: int, deletable: int, older_than_us: int) -> tuple[int, int]:
         db = self._db
-        rows = db.execute(
-            "SELECT output_sequence, recorded_at_us FROM frames WHERE session = ? AND output_sequence <= ?"
-            " ORDER BY output_sequence LIMIT ?",
-            (session, deletable, _PRUNE_ROWS),
-        ).fetchall()
-        pruned_to = count = 0
-        now_us = self._now_us()
-        for sequence, recorded_at_us in rows:
-            if (
-                older_than_us <= recorded_at_us <= now_us
-            ):  # one from the future was recorded before the clock was set back
-                break
-            pruned_to, count = sequence, count + 1
-        if not count:
-            return 0, 0
         try:
+            rows = db.execute(
+                "SELECT output_sequence, recorded_at_us FROM frames WHERE session = ? AND output_sequence <= ?"
+                " ORDER BY output_sequence LIMIT ?",
+                (session, deletable, _PRUNE_ROWS),
+            ).fetchall()
+            pruned_to = count = 0
+            now_us = self._now_us()
+            for sequence, recorded_at_us in rows:
+                if older_than_us <= recorded_at_us <= now_us:  # one of the future: the clock was set back since
+                    break
+                pruned_to, count = sequence, count + 1
+            if not count:
+                return 0, 0
             db.execute("BEGIN IMMEDIATE")
             db.execute("DELETE FROM frames WHERE session = ? AND output_sequence <= ?", (session, pruned_to))
             db.execute("UPDATE sessions SET pruned_to = ? WHERE session = ?", (pruned_to, session))
@@ -562,27 +567,25 @@ class TapeReader:
 
     def sessions(self) -> list[Session]:
         """Give all sessions, oldest first. Raises TapeDamagedError when they can't be read."""
-        try:
+        with _damage(0, "the sessions"):
             return _sessions(self._db)
-        except sqlite3.DatabaseError as error:
-            raise TapeDamagedError(0, 0, f"the sessions can't be read: {error}") from error
 
     def runs(self, session: int) -> Runs:
         """Give what is there of a session. Raises TapeDamagedError when that can't be read."""
-        try:
+        with _damage(session, "which sequences are there"):
             return _load_runs(self._db, session)
-        except sqlite3.DatabaseError as error:
-            raise TapeDamagedError(session, 0, f"which sequences are there can't be read: {error}") from error
 
     @property
     def tape_id(self) -> int:
         """Give the number that this tape got when it was made: another file in its place has another."""
-        return _meta(self._db, "tape_id")
+        with _damage(0, "the tape's own number"):
+            return _meta(self._db, "tape_id")
 
     @property
     def malformed_total(self) -> int:
         """Count the malformed frames this tape has heard."""
-        return _meta(self._db, "malformed_total")
+        with _damage(0, "the count of malformed frames"):
+            return _meta(self._db, "malformed_total")
 
     def malformed(self, rows_max: int) -> list[tuple[int, int, str, bytes]]:
         """Give the newest malformed frames: number, recorded_at_us, reason, bytes."""
@@ -643,7 +646,8 @@ class TapeReader:
             " AND EXISTS (SELECT 1 FROM sessions WHERE session = ?1 AND pruned_to < ?2)"
             " AND NOT EXISTS (SELECT 1 FROM frames WHERE session = ?1 AND output_sequence = ?2)"
         )
-        return bool(self._db.execute(query, (session, sequence)).fetchone()[0])
+        with _damage(session, "which sequences are there"):
+            return bool(self._db.execute(query, (session, sequence)).fetchone()[0])
 
     def look(self, session: int, after: int) -> Look:
         """Say what stands after a position at which `read` gives nothing: a hole, a newer session, or nothing yet."""
@@ -717,7 +721,7 @@ def recorded_path(path: Path) -> Path:
 
 
 def write_settled(path: Path, said: dict[str, Any]) -> None:
-    """Replace `<tape>.settled` atomically."""
+    """Replace `<tape>.settled` atomically. Raises OSError when it can't be (a full disk): the old one stays."""
     _replace(settled_path(path), said)
 
 
@@ -727,7 +731,7 @@ def read_settled(path: Path) -> dict[str, Any] | None:
 
 
 def write_recorded(path: Path, said: dict[str, Any]) -> None:
-    """Replace `<tape>.recorded` atomically."""
+    """Replace `<tape>.recorded` atomically. Raises OSError as `write_settled` does."""
     _replace(recorded_path(path), said)
 
 
@@ -738,8 +742,13 @@ def read_recorded(path: Path) -> dict[str, Any] | None:
 
 def _replace(target: Path, said: dict[str, Any]) -> None:
     draft = target.with_name(f"{target.name}.{os.getpid()}")
-    draft.write_text(json.dumps(said))
-    draft.replace(target)
+    try:
+        draft.write_text(json.dumps(said))
+        draft.replace(target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
 
 
 def _read(target: Path) -> dict[str, Any] | None:
@@ -820,10 +829,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
             db.executescript(f"BEGIN; {_TABLES} {tape_id} {marks} COMMIT;")
             version = FORMAT
         elif found != APPLICATION_ID:
-            raise TapeError(
-                f"{path} is no tape (application_id {found:#x}, {APPLICATION_ID:#x} is wanted); name another file as"
-                " tape.path"
-            )
+            raise TapeError(f"{_no_tape(path, found)}; name another file as tape.path")
         elif version > FORMAT:
             raise _too_new(path, version)
         while version < FORMAT:
@@ -856,20 +862,39 @@ def _connect_reader(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
         )
-        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            db.close()
-            raise TapeMissingError(f"{path} is no tape, or not made yet")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        found, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        if (found, version) == (0, 0) and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise TapeMissingError(f"{path} is not made yet")
+        if found != APPLICATION_ID:  # waiting for it to become one would be waiting for ever
+            raise TapeDamagedError(0, 0, _no_tape(path, found))
+        if version > FORMAT:
+            raise _too_new(path, version)
         if version != FORMAT:
-            db.close()
-            if version > FORMAT:
-                raise _too_new(path, version)
             raise TapeMissingError(f"{path} has format {version}: a start of the recorder makes {FORMAT} of it")
     except sqlite3.Error as error:
         if db is not None:
             db.close()
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
+            raise TapeDamagedError(0, 0, f"{path} can't be read: {error}") from error
         raise TapeMissingError(f"{path}: {error}") from error
+    except TapeError:
+        if db is not None:
+            db.close()
+        raise
     return db
+
+
+def _no_tape(path: Path, found: int) -> str:
+    return f"{path} is no tape (application_id {found:#x}, {APPLICATION_ID:#x} is wanted)"
+
+
+@contextlib.contextmanager
+def _damage(session: int, what: str) -> Iterator[None]:
+    """Call it damage when SQLite can't read what is asked for in here."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise TapeDamagedError(session, 0, f"{what} can't be read: {error}") from error
 
 
 def _sessions(db: sqlite3.Connection) -> list[Session]:

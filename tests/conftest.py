@@ -2,7 +2,7 @@
 
 Every random choice of a run comes from one seed, printed at its head: Hypothesis is forced to it, other tests take the
 `seed` fixture. Tests against a node need JDK 17 and Maven; where they are missing that is said before and after the
-run, and with CI=true it is a failure.
+run, and with CI=true it is a failure. So it is with the tools that faults are caused with (tests/fault/tools.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # imported where it is used: only those who want a node need 
     from tests.cassandra_node import Node
     from tests.stores import StoreUnderTest
 
+pytest_plugins = ["tests.fault.results"]
+
 HYPOTHESIS_SEED = "hypothesis_seed"  # the plugin's option, --hypothesis-seed
 
 # Timing decides no test: neither a deadline nor a slow machine is a failure.
@@ -27,6 +29,7 @@ settings.register_profile("house", deadline=None, print_blob=True, suppress_heal
 settings.register_profile("long", parent=settings.get_profile("house"), max_examples=2_000)
 
 _missing_tools = pytest.StashKey[str | None]()
+_lacking = pytest.StashKey[str]()
 _left_out = pytest.StashKey[dict[str, int]]()
 
 
@@ -57,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/test --long"))
         if long:
             left_out["tests that take minutes; scripts/test --long runs them"] = len(long)
+    _leave_out_what_lacks_a_tool(items, left_out)
     on_a_node = [item for item in items if item.get_closest_marker("cassandra") and not item.get_closest_marker("skip")]
     if not on_a_node:
         return
@@ -72,7 +76,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"no Cassandra node: {missing}"))
 
 
+def _leave_out_what_lacks_a_tool(items: list[pytest.Item], left_out: dict[str, int]) -> None:
+    """Skip, or mark for failing, the tests whose faults can't be caused here."""
+    for item in items:
+        for name in (name for mark in item.iter_markers("needs") for name in mark.args):
+            from tests.fault.tools import TOOLS
+
+            if item.get_closest_marker("skip") or (lacks := TOOLS[name].lacks()) is None:
+                continue
+            why = f"faults that need {name}: {lacks}"
+            left_out[why] = left_out.get(why, 0) + 1
+            if TOOLS[name].obtainable and os.environ.get("CI") == "true":
+                item.stash[_lacking] = lacks
+            else:
+                item.add_marker(pytest.mark.skip(reason=lacks))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.stash.get(_lacking, None) is not None:
+        pytest.fail(f"CI=true, and this can't be run: {item.stash[_lacking]}", pytrace=False)
     missing = item.config.stash[_missing_tools]
     if missing is not None and item.get_closest_marker("cassandra"):
         pytest.fail(f"CI=true, and this can't be run: {missing}", pytrace=False)
@@ -82,16 +104,21 @@ def _banner(config: pytest.Config) -> list[str]:
     return [f"NOT RUN ({count}): {why}" for why, count in config.stash[_left_out].items()]
 
 
+def _is_lacking(config: pytest.Config) -> bool:
+    """Say whether something can't be run here, beside what is left out by wish."""
+    return any(": " in why for why in config.stash[_left_out])
+
+
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     lines = _banner(config)
     bar = "!" * 80
-    return [bar, *lines, bar] if config.stash[_missing_tools] is not None else lines
+    return [bar, *lines, bar] if _is_lacking(config) else lines
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lines = _banner(config)
     if lines:
-        terminalreporter.section("not run", sep="!" if config.stash[_missing_tools] is not None else "-", bold=True)
+        terminalreporter.section("not run", sep="!" if _is_lacking(config) else "-", bold=True)
         for line in lines:
             terminalreporter.line(line)
 

@@ -15,7 +15,7 @@ from sidecar.batch import REJECTED_COLUMNS
 from sidecar.cli.running import load_here
 from sidecar.cli.show import amount, moment, table
 from sidecar.config import Config
-from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, TapeMissingError, UsageError
+from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, TapeError, UsageError
 from sidecar.events import I63_MAX
 from sidecar.late import standing
 from sidecar.service import open_store
@@ -149,7 +149,7 @@ def status_of(config: Config) -> dict[str, Any]:
                 "malformed": reader.malformed_total,
                 "sessions": len(sessions),
             }
-    except TapeMissingError as missing:
+    except TapeError as missing:
         said["tape"] = str(missing)
         if state == "idle" and settling:
             said["state"] = "waiting"

@@ -789,15 +789,32 @@ def test_no_tape_is_an_error_of_its_own_and_another_file_is_left_alone(path: Pat
     with pytest.raises(TapeMissingError):
         TapeReader(path)
     path.write_bytes(b"not a database, but long enough to look at" * 100)
+    with pytest.raises(TapeDamagedError, match="can't be read: file is not a database"):
+        TapeReader(path)  # whoever waited for it to become a tape would wait for ever, and say nothing
     with pytest.raises(TapeError, match=r"is tape\.path a writable file"):
         Tape(path, size_bytes_max=1)
     assert path.read_bytes().startswith(b"not a database")
     path.unlink()
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE mine (x)")
+    with pytest.raises(TapeDamagedError, match="is no tape"):
+        TapeReader(path)
     with pytest.raises(TapeError, match="is no tape"):
         Tape(path, size_bytes_max=1)
     assert not is_locked(path, "recorder")
+
+
+@pytest.mark.parametrize("table", ["sessions", "runs", "meta"])
+def test_what_is_damaged_beside_the_frames_is_told_by_reader_and_recorder(path: Path, table: str) -> None:
+    with recorder(path) as tape:
+        record(tape, trade(1))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"DROP TABLE {table}")
+    with pytest.raises(TapeError, match=rf"can't be read: no such table: {table}; restore it"):
+        Tape(path, size_bytes_max=1)
+    assert not is_locked(path, "recorder")
+    with looking(path) as reader, pytest.raises(TapeDamagedError, match=f"no such table: {table}"):
+        _ = (reader.sessions(), reader.runs(1), reader.tape_id)
 
 
 def test_settled_is_replaced_as_a_whole(path: Path) -> None:
@@ -817,6 +834,14 @@ def test_settled_is_replaced_as_a_whole(path: Path) -> None:
     assert reader.communicate()[0].strip() == "0"
     assert read_settled(path) == {"durable": n, "pad": "x" * (n % 5000)}
     assert [name.name for name in path.parent.iterdir()] == ["tape.db.settled"]
+    with pytest.raises(OSError, match="too long"):
+        write_settled(path.with_name("x" * 250), {})
+    settled_path(path).unlink()
+    settled_path(path).mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_settled(path, {"durable": 1})
+    assert [name.name for name in path.parent.iterdir()] == ["tape.db.settled"], "no draft is left lying about"
+    settled_path(path).rmdir()
     settled_path(path).write_text("[1")
     assert read_settled(path) is None
     settled_path(path).write_text(json.dumps([1]))

@@ -1,0 +1,163 @@
+"""The faults that this house survives, and which test causes each: read from the tests' own ids, written for people.
+
+A test belongs to a fault when its name begins with the fault's number (`test_f19_torn_tape_tail`), or, where it stands
+elsewhere or covers several, by its mark: `@pytest.mark.fault("F25", "F29")`. The table in ARCHITECTURE.md is made of
+that by `scripts/check --fix`; tests/fault/test_table.py is red when it is stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
+ARCHITECTURE: Final = ROOT / "ARCHITECTURE.md"
+BEGIN: Final = "<!-- the faults: written by `scripts/check --fix` from the tests' names -->"
+END: Final = "<!-- the faults end -->"
+
+FAULTS: Final = {
+    "F01": "late join",
+    "F02": "SUB paused a minute at 5,000/s",
+    "F03": "burst beyond the high-water mark",
+    "F04": "last frame dropped",
+    "F05": "engine killed and back",
+    "F06": "engine back with an empty journal",
+    "F07": "sequence regression mid-way",
+    "F08": "same sequence, other payload",
+    "F09": "duplicates",
+    "F10": "reordered frames",
+    "F11": "ROUTER dead",
+    "F12": "ROUTER slow",
+    "F13": "ROUTER lies",
+    "F14": "stale answer",
+    "F15": "history gone",
+    "F16": "malformed, oversized, deeply nested frames",
+    "F17": "ipc path taken over",
+    "F18": "SIGKILL at each named point",
+    "F19": "torn tape tail",
+    "F20": "flipped bit",
+    "F21": "full disk",
+    "F22": "fsync error",
+    "F23": "database away at start",
+    "F24": "database away ten minutes, 2,000,000 frames",
+    "F25": "database paused",
+    "F26": "database killed after it received, before it answered",
+    "F27": "answers dropped",
+    "F28": "batch log replayed late",
+    "F29": "node back with a cut commit log",
+    "F30": "table altered or dropped beneath",
+    "F31": "two sidecars, complete tapes",
+    "F32": "two sidecars, different holes",
+    "F33": "clock two hours back, two days ahead",
+    "F34": "SIGTERM under load",
+    "F35": "driver future that never completes",
+    "F36": "symbol added between lives",
+}
+# Those that may still be without a test; test_table.py lets none be added. Empty: every fault must have its test.
+NOT_YET: Final = frozenset(FAULTS)
+
+_NAME: Final = re.compile(r"test_f(\d\d)_")
+_NO_TEST: Final = "no test yet"
+
+
+class FaultTest(NamedTuple):
+    """One test and the faults that it causes."""
+
+    id: str
+    faults: tuple[str, ...]
+    does: str
+    is_long: bool
+    on_a_node: bool
+
+
+def faults_of(name: str, marked: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the faults that a test's name and its marks say; ValueError for one that isn't in the list."""
+    found = _NAME.match(name)
+    faults = tuple(sorted({*marked, *([f"F{found[1]}"] if found else [])}))
+    for fault in faults:
+        if fault not in FAULTS:
+            raise ValueError(f"{name}: there is no fault {fault}; tests/fault/table.py lists them")
+    return faults
+
+
+def find_tests(folder: Path = ROOT / "tests") -> list[FaultTest]:
+    """Read all test files; give the tests that cause a fault, as they stand."""
+    return [test for path in sorted(folder.rglob("test_*.py")) for test in _tests_in(path)]
+
+
+def _tests_in(path: Path) -> Iterator[FaultTest]:
+    tree = ast.parse(path.read_text("utf-8"))
+    for_all = [
+        mark
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(to, ast.Name) and to.id == "pytestmark" for to in node.targets)
+        for mark in _marks(node.value)
+    ]
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.name.startswith("test_"):
+            continue
+        marks = for_all + [mark for decorator in node.decorator_list for mark in _marks(decorator)]
+        faults = faults_of(node.name, tuple(value for name, values in marks if name == "fault" for value in values))
+        if faults:
+            does = (ast.get_docstring(node) or node.name.removeprefix("test_").replace("_", " ")).split("\n\n")[0]
+            names = {name for name, _ in marks}
+            yield FaultTest(
+                f"{path.relative_to(ROOT)}::{node.name}",
+                faults,
+                " ".join(does.split()).rstrip("."),
+                "long" in names,
+                "cassandra" in names,
+            )
+
+
+def _marks(given: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """Give each `pytest.mark.NAME` or `pytest.mark.NAME("…")` in an expression, a parameter's marks among them."""
+    called = {id(node.func): node for node in ast.walk(given) if isinstance(node, ast.Call)}
+    for node in ast.walk(given):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "mark":
+            call = called.get(id(node))
+            values = [each.value for each in (call.args if call else []) if isinstance(each, ast.Constant)]
+            yield node.attr, [value for value in values if isinstance(value, str)]
+
+
+def missing(tests: list[FaultTest]) -> set[str]:
+    """Name the faults that no test causes."""
+    return set(FAULTS) - {fault for test in tests for fault in test.faults}
+
+
+def table(tests: list[FaultTest]) -> str:
+    """Write the table for people, one line a fault and test."""
+    lines = ["| fault | what is done | test | |", "| --- | --- | --- | --- |"]
+    for fault, name in FAULTS.items():
+        mine = [test for test in tests if fault in test.faults]
+        for test in mine:
+            length = ("long" if test.is_long else "quick") + (", on a node" if test.on_a_node else "")
+            place, _, function = test.id.partition("::")
+            lines.append(f"| {fault} {name} | {test.does} | `{place}` `{function}` | {length} |")
+        if not mine:
+            lines.append(f"| {fault} {name} | {_NO_TEST} | | |")
+    return "\n".join(lines)
+
+
+def written(text: str, tests: list[FaultTest]) -> str:
+    """Give a document with the table in its place. Raises ValueError when it has no place for it."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"there is no place for the table: a line {BEGIN} and, below, a line {END}")
+    return f"{before}{BEGIN}\n{table(tests)}\n{END}{after}"
+
+
+def main() -> int:
+    """Write the table into ARCHITECTURE.md."""
+    ARCHITECTURE.write_text(written(ARCHITECTURE.read_text("utf-8"), find_tests()), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
