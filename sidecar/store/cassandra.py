@@ -59,6 +59,7 @@ RETRY_BYTES_KEPT_MAX: Final = 1_024  # batches whose bytes are kept for their re
 CONNECT_S: Final = 5.0
 HEARTBEAT_S: Final = 5
 CLOSE_S: Final = 1.0
+SILENCE_S: Final = 1.0  # after its time the driver may take so long to say that it is over
 FIRST_LOOKS_MAX: Final = 20
 FIRST_LOOK_EVERY_S: Final = 0.1
 
@@ -497,11 +498,20 @@ class CassandraStore(ProofRows):
         """Wait for what was sent, so long at most.
 
         The driver's own timer would wake its thread a second time for every request (76 us under load); this one calls
-        the same method when it is over.
+        the same method when it is over. A future of the driver that stays silent even then is given up.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
-        over = loop.call_later(timeout_s, asked._on_timeout)  # noqa: SLF001 - as the driver's timer does
+
+        def give_up() -> None:
+            if not answer.done():
+                answer.set_exception(OutcomeUnknownError(f"the driver told nothing within {timeout_s} s"))
+
+        def time_is_up() -> None:
+            loop.call_later(SILENCE_S, give_up)
+            asked._on_timeout()  # noqa: SLF001 - as the driver's timer does
+
+        over = loop.call_later(timeout_s, time_is_up)
         asked.add_callbacks(
             self._answers.arrived, self._answers.failed, callback_args=(answer,), errback_args=(answer,)
         )
@@ -624,7 +634,10 @@ class CassandraStore(ProofRows):
             return [dict(zip(result.column_names, row, strict=True)) for row in result]
 
         try:
-            return await _in_thread(ask)
+            async with asyncio.timeout(self._timeout_s + SILENCE_S):
+                return await _in_thread(ask)
+        except TimeoutError as error:
+            raise OutcomeUnknownError(f"system_schema.{table}: the driver told nothing in time") from error
         except Exception as error:
             raise classified(error, self.unknown_errors) from error
 

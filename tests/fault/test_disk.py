@@ -34,7 +34,7 @@ def test_f19_torn_tape_tail(tmp_path: Path, seed: int, fault: Fault, settled_fur
     wal = tmp_path / "tape.db-wal"
     with _world(tmp_path) as world:
         events = shorter = 0
-        for life in range(6):
+        for life in range(4):
             record = world.start("record", log=f"record-{life}.log")
             settle = world.start("settle", log=f"settle-{life}.log") if settled_further else None
             engine = _again_from_1(world, events + 3_000, "--burst", str(events), rate=3_000)
@@ -51,7 +51,7 @@ def test_f19_torn_tape_tail(tmp_path: Path, seed: int, fault: Fault, settled_fur
             assert after <= before
             shorter += after < before
             events = before + 1_000
-        assert shorter >= 3, "what was torn off must have mattered"
+        assert shorter >= 2, "what was torn off must have mattered"
         fault.heals(world)
         run = world.start("run", log="run.log")
         _again_from_1(world, events).result()

@@ -30,6 +30,8 @@ def test_f19_torn_tape_tail():
 @pytest.mark.parametrize("how", [1, pytest.param(2, marks=pytest.mark.fault("F25"))])
 @pytest.mark.fault("F28", "F29")
 def test_elsewhere(): pass
+@pytest.mark.parametrize("times", [1, pytest.param(9, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
+def test_f20_some(): pass
 def test_other(): pass
 def helper_f20_(): pass
 '''
@@ -39,23 +41,23 @@ def test_tests_are_found_by_name_and_by_mark(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tests.fault.table.ROOT", tmp_path)
     (tmp_path / "test_some.py").write_text(_SOURCE)
     tests = find_tests(tmp_path)
-    first, second = tests
+    first, second, third = tests
     assert tuple(first) == (
         "test_some.py::test_f19_torn_tape_tail",
         ("F19",),
         "The tail of the file is cut off",
-        False,
-        True,
+        "quick, on a node",
     )
-    assert tuple(second) == ("test_some.py::test_elsewhere", ("F25", "F28", "F29"), "elsewhere", True, True)
-    assert missing(tests) == set(FAULTS) - {"F19", "F25", "F28", "F29"}
+    assert tuple(second) == ("test_some.py::test_elsewhere", ("F25", "F28", "F29"), "elsewhere", "long, on a node")
+    assert (third.faults, third.length) == (("F20",), "quick, more with --long, on a node")
+    assert missing(tests) == set(FAULTS) - {"F19", "F20", "F25", "F28", "F29"}
     lines = written(f"a\n{BEGIN}\nold\n{END}\nb", tests).splitlines()
     assert [lines[0], lines[1], lines[-2], lines[-1]] == ["a", BEGIN, END, "b"]
     assert (
         "| F19 torn tape tail | The tail of the file is cut off | `test_some.py` `test_f19_torn_tape_tail` |"
         in "".join(lines)
     )
-    assert "| F20 flipped bit | no test yet | | |" in lines
+    assert "| F21 full disk | no test yet | | |" in lines
 
 
 def test_a_number_that_is_no_fault_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
