@@ -1,12 +1,13 @@
-"""The sidecar with a driver that now and then never answers: `python -m tests.fault.hang 7 run --config …`.
+"""The sidecar with a driver that now and then never answers: `python -m tests.fault.hang 0.1:42 run --config …`.
 
-Every 7th future of cassandra-driver is one that nobody hears of again: no result, no error, no timeout, as its own bugs
-have left some. The same goes for every 7th message that is sent straight onto a connection.
+So many (0.1) of the futures of cassandra-driver are never heard of again: no result, no error, no timeout, as bugs of
+its own have left some. The same goes for messages that are sent straight onto a connection. Each is told of on stderr.
 """
 
 from __future__ import annotations
 
-import itertools
+import json
+import random
 import sys
 import threading
 from collections.abc import Callable
@@ -18,27 +19,30 @@ from sidecar import cli
 from sidecar.store import connection
 
 
-def never_complete(every: int) -> None:
-    """Let every so manieth future of the driver stay without an answer."""
-    count = itertools.count(1)
+def never_complete(share: float, seed: int) -> None:
+    """Let so many futures of the driver stay without an answer."""
+    chance = random.Random(seed)
 
-    def struck() -> bool:
-        return next(count) % every == 0
+    def struck(where: str) -> bool:
+        if chance.random() >= share:
+            return False
+        sys.stderr.write(json.dumps({"event": "never_completes", "where": where}) + "\n")
+        return True
 
     add_callbacks: Callable[..., Any] = ResponseFuture.add_callbacks
     result: Callable[..., Any] = ResponseFuture.result
     answered: Callable[..., Any] = connection._Shot.answered
 
     def add_none(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if struck() else add_callbacks(self, *args, **kwargs)
+        return None if struck("add_callbacks") else add_callbacks(self, *args, **kwargs)
 
     def wait_for_ever(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if struck():
+        if struck("result"):
             threading.Event().wait()
         return result(self, *args, **kwargs)
 
     def forget(self: Any, response: Any) -> Any:
-        return None if struck() else answered(self, response)
+        return None if struck("answered") else answered(self, response)
 
     ResponseFuture.add_callbacks = add_none
     ResponseFuture.result = wait_for_ever
@@ -46,5 +50,6 @@ def never_complete(every: int) -> None:
 
 
 if __name__ == "__main__":
-    never_complete(int(sys.argv[1]))
+    of_all, drawn = sys.argv[1].split(":")
+    never_complete(float(of_all), int(drawn))
     sys.exit(cli.main(sys.argv[2:]))
