@@ -156,9 +156,14 @@ def test_f20_bits_flipped_anywhere_in_the_file(tmp_path: Path, seed: int, fault:
         assert run.term() == 0
 
 
+_FORMAT = range(60, 64)  # SQLite's user_version: another number there is an older release's tape, not damage
+
+
 def _flip_anywhere(copy: Path, tape: Path, places: list[int], chance: random.Random) -> None:
     content = bytearray(copy.read_bytes())
     for at in places:
+        if at in _FORMAT:
+            continue
         content[at] ^= 1 << chance.randrange(8)
     for name in (tape.name + "-wal", tape.name + "-shm"):
         tape.with_name(name).unlink(missing_ok=True)
