@@ -332,7 +332,7 @@ async def prove_the_table(scene: Scene, events: int, *, then: int, again: bool =
     books = scene.books
     await books.begin()
     await books.play(events)
-    late = Books(scene.store, "main/late", users=3)
+    late = Books(scene.store, "main/late", users=3, rules=books.rules)
     await late.begin()
     assert await scene.found(full=True) == set()
     for corruption in IN_BALANCES:
