@@ -26,6 +26,7 @@ from typing import Any, Final
 from sidecar.errors import SidecarError
 
 PLACES: Final = (Path("sidecar.toml"), Path("/etc/sidecar/sidecar.toml"))
+CREDENTIALS: Final = Path("/etc/sidecar/credentials")
 ENVIRONMENT_PREFIX: Final = "SIDECAR_"
 
 I31_MAX: Final = 2**31 - 1
@@ -197,6 +198,22 @@ def _hosts() -> _Rule:
     )
 
 
+def host_and_port(listen: str) -> tuple[str, int]:
+    """Take HOST:PORT apart; an IPv6 address loses its brackets."""
+    host, _, port = listen.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address, or a name whatever a name server says, means this host and nothing else."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 _ENDPOINT: Final = _text(
     f"tcp://HOST:PORT, or ipc://PATH with a path of at most {IPC_PATH_BYTES_MAX} bytes", _is_endpoint
 )
@@ -351,6 +368,7 @@ class AdminSection:
     """The endpoint for health, metrics and the status page; `listen` is "" when off."""
 
     listen: str = _key(_LISTEN, "127.0.0.1:9464")
+    token_file: Path | None = _key(_path(optional=True), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,11 +477,23 @@ def example_path() -> Path:
     return Path(__file__).with_name("sample.toml")
 
 
+def secret_path(path: Path) -> Path:
+    """Say where a secret's file is: a bare name is looked for among systemd's credentials, then in its usual folder."""
+    if len(path.parts) > 1:
+        return path
+    handed_on = os.environ.get("CREDENTIALS_DIRECTORY")
+    # LoadCredential=sidecar:FOLDER hands on each file of the folder as sidecar_NAME (systemd.exec(5)).
+    places = [Path(handed_on) / path, Path(handed_on) / f"sidecar_{path}"] if handed_on else []
+    places += [path, CREDENTIALS / path]
+    return next((place for place in places if place.is_file()), path)
+
+
 def read_secret(path: Path, key: str) -> str:
     """Read the secret that the configuration names at `key`; line ends around it are not part of it.
 
     Raises ConfigError when it can't be read or is empty; never shows what it read.
     """
+    path = secret_path(path)
     try:
         secret = path.read_text(encoding="utf-8").strip("\r\n")
     except OSError as error:
@@ -613,6 +643,7 @@ class _Reading:
         config = Config(**parts)
         self._check_replay(config)
         self._check_store(config)
+        self._check_admin(config.admin)
         self._check_rules(config)
         return replace(config, warnings=tuple(_warnings(config)))
 
@@ -686,6 +717,13 @@ class _Reading:
             self.mistakes.append(
                 f"pipeline.accounts_max = {config.pipeline.accounts_max}: allowed is at least {accounts_least}, "
                 f"{ACCOUNTS_A_TRADE_MAX} for each trade of a batch (pipeline.batch_trades_max)"
+            )
+
+    def _check_admin(self, admin: AdminSection) -> None:
+        if admin.listen and admin.token_file is None and not is_loopback(host_and_port(admin.listen)[0]):
+            self.mistakes.append(
+                f"admin.listen = {_shown(admin.listen)}: others can reach it; allowed without admin.token_file is a "
+                "loopback address, such as 127.0.0.1:9464"
             )
 
     def _check_rules(self, config: Config) -> None:

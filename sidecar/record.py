@@ -80,6 +80,11 @@ class Recorder:
             may_take=self._room,
         )
 
+    @property
+    def frames_total(self) -> int:
+        """Count the frames taken from the socket, of whatever kind."""
+        return self._feed.frames_total
+
     def stop(self) -> None:
         """Take nothing more from the socket; `run` returns when what was taken is on disk."""
         self._stopping = True

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import logging
 import signal
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from sidecar import decisions, wire
-from sidecar.config import CassandraSection, Config, ConfigError, read_secret
+from sidecar.config import CassandraSection, Config, ConfigError, read_secret, secret_path
 from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError
 from sidecar.events import Refused, Trade
 from sidecar.late import LOOK_EVERY_S, LateReading, readings
 from sidecar.ledger import before
 from sidecar.life import Bounds, Life, until_known
-from sidecar.proof.hourly import Hourly
+from sidecar.notify import Notifier
+from sidecar.proof.hourly import Hourly, Numbers
 from sidecar.record import Recorder
 from sidecar.refill import Refill
 from sidecar.replay_server import ReplayServer
@@ -33,8 +35,12 @@ from sidecar.settle import Settler
 from sidecar.store.base import Store
 from sidecar.store.sqlite import SQLiteStore
 from sidecar.tape import Tail, Tape, lock
+from sidecar.watch import Watch
 
 log = logging.getLogger(__name__)
+
+TOKEN_LENGTH_LEAST: Final = 16
+STOP_MARGIN_S: Final = 10.0  # beyond shutdown_timeout_s: for the last commit, and to close what is open
 
 
 def open_store(config: Config) -> Store:
@@ -82,7 +88,7 @@ def _tls(section: CassandraSection) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=str(section.tls_ca_file))
         if section.tls_cert_file is not None:
-            context.load_cert_chain(section.tls_cert_file, section.tls_key_file)
+            context.load_cert_chain(section.tls_cert_file, section.tls_key_file and secret_path(section.tls_key_file))
     except (OSError, ssl.SSLError) as error:
         files = (section.tls_ca_file, section.tls_cert_file, section.tls_key_file)
         named = ", ".join(str(file) for file in files if file is not None)
@@ -195,56 +201,105 @@ def make_hourly(config: Config) -> Hourly:
     )
 
 
+def make_watch(
+    config: Config, recorder: Recorder | None, settler: Settler | None, proofs: Numbers | None = None
+) -> Watch:
+    """Make the one who looks at this process's halves."""
+    return Watch(
+        stream=config.stream.name,
+        first_sequence=config.stream.first_sequence,
+        tape_path=config.tape.path,
+        tape_size_bytes_max=config.tape.size_bytes_max,
+        store_name=config.store.backend,
+        recorder=recorder,
+        settler=settler,
+        proofs=proofs,
+        replay_configured=config.replay is not None,
+    )
+
+
+def admin_token(config: Config) -> str | None:
+    """Read the token of the admin endpoint. Raises ConfigError when it can't be used."""
+    if config.admin.token_file is None:
+        return None
+    token = read_secret(config.admin.token_file, "admin.token_file")
+    if len(token) < TOKEN_LENGTH_LEAST or not token.isascii() or not token.isprintable() or " " in token:
+        allowed = f"at least {TOKEN_LENGTH_LEAST} printable ASCII characters without spaces"
+        make = f"head -c 24 /dev/urandom | base64 > {config.admin.token_file}"
+        raise ConfigError("admin.token_file", [f"{config.admin.token_file}: allowed is {allowed}; `{make}` makes one"])
+    return token
+
+
 async def serve(config: Config, *, record: bool, settle: bool) -> None:
     """Run until SIGTERM or SIGINT. Raises what ended a half: the process must then end too."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    faulthandler.enable()  # SIGABRT, as the watchdog sends it, and a crash say where every thread was
     # What is made for a trade is freed with it, by counting; the collector would only look through all of it again and
     # again (11 % of the settler's CPU). What lives for ever is taken out of its sight, cycles are still found, later.
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     log.info("starting", extra={"record": record, "settle": settle, "stream": config.stream.name})
+    token, notifier = admin_token(config), Notifier()
     tape = open_tape(config) if record else None
     held = None
     try:
         async with asyncio.TaskGroup() as parts:
-            halves: list[Recorder | Settler | ReplayServer | Hourly] = []
-            if tape is not None:
-                recorder = make_recorder(config, tape)
-                parts.create_task(recorder.run())
-                halves.append(recorder)
-                if (served := config.replay_server) is not None:
-                    server = ReplayServer(
-                        tape_path=config.tape.path,
-                        stream=config.stream.name,
-                        endpoint=served.endpoint,
-                        answers_per_s_max=served.answers_per_s_max,
-                    )
-                    parts.create_task(server.run())
-                    halves.append(server)
+            recorder = make_recorder(config, tape) if tape is not None else None
+            server = settler = hourly = None
+            working = [parts.create_task(recorder.run())] if recorder is not None else []
+            if recorder is not None and (served := config.replay_server) is not None:
+                server = ReplayServer(
+                    tape_path=config.tape.path,
+                    stream=config.stream.name,
+                    endpoint=served.endpoint,
+                    answers_per_s_max=served.answers_per_s_max,
+                )
+                working.append(parts.create_task(server.run()))
             if settle:
                 held = lock(config.tape.path, "settler")
                 settler = make_settler(config, open_store(config), tape.tail if tape is not None else None)
-                parts.create_task(_settle(settler))
-                parts.create_task(settle_late(config, stopping))
-                halves.append(settler)
+                working += [parts.create_task(_settle(settler)), parts.create_task(settle_late(config, stopping))]
                 if config.reconcile.interval_s:
                     hourly = make_hourly(config)
-                    parts.create_task(hourly.run())
-                    halves.append(hourly)
+                    working.append(parts.create_task(hourly.run()))
+            halves = [half for half in (recorder, server, settler, hourly) if half is not None]
+            watch = make_watch(config, recorder, settler, hourly.numbers if hourly is not None else None)
+            onlookers = _onlookers(config, token, notifier, watch)
+            watching = [parts.create_task(onlooker) for onlooker in onlookers]
             await stopping.wait()
             log.info("stopping", extra={"stream": config.stream.name})
+            longest_s = config.pipeline.shutdown_timeout_s + STOP_MARGIN_S
+            notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=int(longest_s * 1_000_000))
             for half in halves:
                 half.stop()
+            await asyncio.wait(working)
+            for task in watching:
+                task.cancel()
     finally:
         if tape is not None:
             tape.close()
         if held is not None:
             held.close()
     log.info("stopped", extra={"stream": config.stream.name})
+
+
+def _onlookers(config: Config, token: str | None, notifier: Notifier, watch: Watch) -> list[Coroutine[Any, Any, None]]:
+    """Give what looks at the halves and tells others: nothing when nobody wants to know."""
+    from sidecar.admin import Admin  # not for every look-up
+
+    if not config.admin.listen and not notifier.is_wanted:
+        return []
+    onlookers = [watch.run()]
+    if config.admin.listen:
+        onlookers.append(Admin(watch, listen=config.admin.listen, token=token).run())
+    if notifier.is_wanted:
+        watch.on_look.append(lambda: notifier.look(watch.standing))
+        onlookers.append(notifier.feed_watchdog())
+    return onlookers
 
 
 async def _settle(settler: Settler) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from sidecar.errors import (
 from sidecar.events import I63_MAX, Event, State
 from sidecar.foreign import SESSION_STEP, ForeignPart
 from sidecar.late import LateReading, not_ours
+from sidecar.latency import Acknowledged
 from sidecar.ledger import before
 from sidecar.life import TICK_S, WAIT_S, Bounds, Life, until_known
 from sidecar.store.base import Store
@@ -73,6 +75,9 @@ class Settler:
         self.halted: Halt | None = None
         self.life: Life | None = None
         self.lives = 0
+        self.acknowledged = Acknowledged(now_us)
+        self.agreed: Agreed | None = None
+        self._earlier_lives = Counter[str]()
         self._tape_path = tape_path
         self._tail = tail
         self._configured = self._stream = stream
@@ -86,7 +91,6 @@ class Settler:
         self._now_us = now_us
         self._stopping = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
-        self._agreed: Agreed | None = None
         self._submitted = 0
         self._hole_since: tuple[int, float] | None = None
         self._pause_looked_at = 0.0
@@ -180,8 +184,8 @@ class Settler:
             if self._late is not None and agreed.late_tape_id != reader.tape_id:
                 raise not_ours(self._stream, reader, agreed.late_tape_id)
             await self.store.ready_for(agreed.symbols.symbols)
-            state = (await self.store.load_state(self._stream)).get("durable")
-            start = state or before(agreed.first_sequence, agreed.base_us)
+            state = await self.store.load_state(self._stream)
+            start = state.get("durable") or before(agreed.first_sequence, agreed.base_us)
             if agreed.ends_at is not None and start.sequence >= agreed.ends_at:
                 self._go_on(agreed, start.sequence)
                 return
@@ -192,8 +196,10 @@ class Settler:
             if not await self._find_session(reader, agreed):
                 return
             agreed = replace(agreed, session=self._session)
+            self.acknowledged.begin(reader, agreed.session, state.get("acked", start).sequence)
             self._know_tape(agreed, start)
             async with asyncio.TaskGroup() as tasks:
+                self._earlier_lives = self.counts()
                 self.life = life = Life(
                     store=self.store,
                     stream=self._stream,
@@ -295,7 +301,8 @@ class Settler:
             self._streams.keep(self._stream, session=self._session, foreign_to=self._foreign_to, deletable=deletable)
         self._stream = agreed.next_stream
         self._remember()
-        self.life = self._agreed = self._hole_since = self._foreign = None
+        self._earlier_lives = self.counts()
+        self.life = self.agreed = self._hole_since = self._foreign = None
         self._submitted, self._was = 0, (0, 0)
         self._say()
 
@@ -463,7 +470,7 @@ class Settler:
 
     def _check_decisions(self, agreed: Agreed) -> None:
         """Halt at a new decision about what an earlier life has submitted, whatever ended that life."""
-        read, self._agreed = self._agreed, agreed
+        read, self.agreed = self.agreed, agreed
         if read is None:
             return
         if agreed.ends_at is not None and self._submitted > agreed.ends_at:
@@ -541,6 +548,7 @@ class Settler:
             self._note(b"# submitted %d %d\n" % (batch.first_sequence, batch.last_sequence))
 
     def _note_ack(self, batch: Batch) -> None:
+        self.acknowledged.note(batch)
         if self._ack_log is not None:
             self._note(b"%d %d %d\n" % (batch.first_sequence, batch.last_sequence, self._now_us()))
 
@@ -553,6 +561,15 @@ class Settler:
         if self._ack_log is not None:
             self._ack_log.write(self._notes)
         self._notes.clear()
+
+    def counts(self) -> Counter[str]:
+        """Count over all lives of this process: batches sent again, postings skipped and below zero."""
+        life = self.life
+        if life is None:
+            return self._earlier_lives
+        ledger = life.ledger
+        of_life = {"retries": life.pipeline.retries_total, "skipped": ledger.skipped_total}
+        return self._earlier_lives + Counter(of_life | {"negative": ledger.negative_total})
 
     def said(self) -> dict[str, Any]:
         """Tell how settlement stands: what `<tape>.settled` holds."""

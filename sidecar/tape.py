@@ -537,11 +537,6 @@ class Tape:
             raise TapeError(f"{self.path}: {error}") from error
         return count, pruned_to
 
-    def used_bytes(self) -> int:
-        """Give the bytes that the tape's content takes, without pages it can use again."""
-        with contextlib.closing(_connect_reader(self.path)) as db:
-            return _used_bytes(db)
-
     def close(self) -> None:
         """Close the file and let another recorder have it; what was not committed is given up."""
         self._thread.close()
@@ -580,6 +575,10 @@ class TapeReader:
         """Give the number that this tape got when it was made: another file in its place has another."""
         with _damage(0, "the tape's own number"):
             return _meta(self._db, "tape_id")
+
+    def used_bytes(self) -> int:
+        """Give the bytes that the tape's content takes, without pages it can use again."""
+        return _used_bytes(self._db)
 
     @property
     def malformed_total(self) -> int:

@@ -1,14 +1,17 @@
-"""What all tests share: seeds that are printed, tests that take minutes, tests that need a real Cassandra node.
+"""What all tests share: seeds that are printed, tests that take minutes, tests that need a real Cassandra node or tool.
 
 Every random choice of a run comes from one seed, printed at its head: Hypothesis is forced to it, other tests take the
 `seed` fixture. Tests against a node need JDK 17 and Maven; where they are missing that is said before and after the
 run, and with CI=true it is a failure. So it is with the tools that faults are caused with (tests/fault/tools.py).
+Tests marked `tool` use a program of the system (chromium, promtool, systemd-analyze); where it is missing they are
+left out, which the run says at its beginning and its end.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -60,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/test --long"))
         if long:
             left_out["tests that take minutes; scripts/test --long runs them"] = len(long)
+    for item in items:
+        absent = [name for mark in item.iter_markers("tool") for name in mark.args if shutil.which(name) is None]
+        if absent:
+            item.add_marker(pytest.mark.skip(reason=f"not installed here: {', '.join(absent)}"))
+            why = f"tests with real tools: {', '.join(absent)} not installed here"
+            left_out[why] = left_out.get(why, 0) + 1
     _leave_out_what_lacks_a_tool(items, left_out)
     on_a_node = [item for item in items if item.get_closest_marker("cassandra") and not item.get_closest_marker("skip")]
     if not on_a_node:

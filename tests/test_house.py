@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: {"errors", "events"},
     1: {"wire", "symbols", "ledger", "batch", "replay"},
-    2: {"disk", "feed", "talk", "tape", "store", "metrics"},
+    2: {"disk", "feed", "talk", "tape", "store", "notify"},
     3: {
         *("decisions", "refill", "replay_server", "record"),
         *("pipeline", "life", "foreign", "streams", "late", "opening", "settle", "proof"),
+        *("latency", "standing", "watch"),
     },
-    4: {"config", "service", "admin", "cli", "demo"},
+    4: {"config", "service", "admin", "metrics", "page", "cli", "demo"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 PURE, IO, TOP = 1, 2, 4
@@ -198,7 +199,7 @@ def code_in(text: str) -> str:
     return "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.DOTALL | re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md"])
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "OPERATIONS.md"])
 def test_scripts_that_are_named_exist(name: str) -> None:
     for script in set(
         re.findall(r"(?<![\w/.])(?:scripts|\.ci)/[a-z][\w-]*(?![\w/])", code_in((ROOT / name).read_text("utf-8")))
@@ -206,14 +207,14 @@ def test_scripts_that_are_named_exist(name: str) -> None:
         assert (ROOT / script).exists(), f"{name} names {script}"
 
 
-def test_verbs_that_the_readme_names_exist() -> None:
+def test_verbs_that_readme_and_runbook_name_exist() -> None:
     if not ((ROOT / "sidecar/cli.py").exists() or (ROOT / "sidecar/cli/__init__.py").exists()):
         pytest.skip("there is no command line yet")
-    code = code_in((ROOT / "README.md").read_text("utf-8"))
+    code = code_in((ROOT / "README.md").read_text("utf-8")) + code_in((ROOT / "OPERATIONS.md").read_text("utf-8"))
     for verb in sorted(set(re.findall(r"(?:^|[`\s/])sidecar ([a-z][a-z-]*)", code))):
         command = [sys.executable, "-m", "sidecar", verb, "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"README.md names `sidecar {verb}`: {done.stderr}"
+        assert done.returncode == 0, f"README.md or OPERATIONS.md names `sidecar {verb}`: {done.stderr}"
 
 
 def test_scripts_can_be_run() -> None:

@@ -19,6 +19,7 @@ _BEGIN = """\
 to begin:
   sidecar print-config --sample > sidecar.toml      a commented configuration to edit
   sidecar check-config                              says what is wrong with it
+  sidecar doctor                                    looks at everything around it: engine, tables, disk, clock, limits
   sidecar run                                       records and settles, until SIGTERM
   sidecar status                                    how it stands, and what to do when it is halted
   sidecar demo                                      a real engine's session, settled in front of you

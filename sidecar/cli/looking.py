@@ -1,4 +1,4 @@
-"""The verbs that look: status, balance, trade, schema, rejected, gap list, tape. They change nothing of the stream."""
+"""The verbs that look: status, doctor, balance, trade, schema, rejected, tape. They change nothing of the stream."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from typing import Any, TypeVar
 
-from sidecar import decisions
 from sidecar.batch import REJECTED_COLUMNS
 from sidecar.cli.running import load_here
 from sidecar.cli.show import amount, moment, table
 from sidecar.config import Config
-from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, TapeError, UsageError
+from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError, UsageError
 from sidecar.events import I63_MAX
 from sidecar.late import standing
 from sidecar.service import open_store
+from sidecar.standing import from_store, put_together, told_by_settler
 from sidecar.store.base import Store
-from sidecar.tape import TapeReader, is_locked, paused_path, read_recorded, read_settled
+from sidecar.tape import TapeReader, is_locked, read_settled
 from sidecar.wire import decode
 
 T = TypeVar("T")
+LISTEN_MAX_S = 3_600.0
 STATUS_STORE_S = 5.0  # status answers without the store when that takes longer
 
 
@@ -36,6 +37,11 @@ def add_verbs(verb: Any, group: Any) -> None:
     added = verb("trade", trade, "look up a trade's rows; exit 1 when there is none")
     added.add_argument("symbol", metavar="SYMBOL", help="as configured: btc_usdt")
     added.add_argument("trade_id", type=_number, metavar="TRADE_ID")
+
+    added = verb(
+        "doctor", doctor, "look at everything around it; each thing with the next step; exit 1 when one is wrong"
+    )
+    added.add_argument("--listen-s", type=_seconds, default=3.0, metavar="S", help="listen to the engine so long (3)")
 
     parts = group("schema", "the tables: create or show them")
     verb("apply", schema_apply, "create missing tables, check existing ones", parents=parts)
@@ -74,6 +80,16 @@ def _number(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= LISTEN_MAX_S:
+        raise argparse.ArgumentTypeError(f"{text!r}; a number of seconds above 0, at most {LISTEN_MAX_S:g}, is allowed")
+    return value
+
+
 def with_store(config: Config, ask: Callable[[Store], Awaitable[T]]) -> T:
     """Open the store, ask it one thing, close it."""
 
@@ -86,6 +102,13 @@ def with_store(config: Config, ask: Callable[[Store], Awaitable[T]]) -> T:
 
 def _print(given: argparse.Namespace, said: Any, text: str) -> None:
     print(json.dumps(said) if given.json else text)
+
+
+def doctor(given: argparse.Namespace) -> int:
+    """Look at everything around."""
+    from sidecar.cli import doctor as examining
+
+    return examining.doctor(given, load_here)
 
 
 # --- status -----------------------------------------------------------------------------------------------------------
@@ -101,100 +124,21 @@ def status(given: argparse.Namespace) -> int:
 
 def status_of(config: Config) -> dict[str, Any]:
     """Say how a sidecar stands, from its files and its store; works while nothing runs."""
-    path, stream = config.tape.path, config.stream.name
-    told = read_settled(path) or {}
-    if told.get("stream") != stream:
-        told = {}
-    settling = is_locked(path, "settler")
-    in_store, store_says = _from_store(config)
-    acked = max(told.get("acked", 0), in_store.get("acked", 0))
-    durable = max(told.get("durable", 0), in_store.get("durable", 0))
-    halted = told.get("halted")
-    state = told.get("state", "idle") if settling or halted else "idle"
-    if paused_path(path).exists() and not halted:
-        state = "paused"
-    session = told.get("session") or in_store.get("session") or 0
-    said: dict[str, Any] = {
-        "stream": stream,
-        "state": state,
-        "halted": halted,
-        "session": session,
-        "taped": 0,
-        "acked": acked,
-        "durable": durable,
-        "lag_events": 0,
-        "holes": [],
-        "rejected": in_store.get("rejected", 0),
-        "malformed": 0,
-        "settling": settling,
-        **_recorder_says(config),
-        "sessions": 0,
-        "negative_balances": told.get("negative_balances", 0),
-        "store": store_says,
-    }
-    try:
-        with closing(TapeReader(path)) as reader:
-            sessions = reader.sessions()
-            session = session or (sessions[0].session if sessions else 0)
-            runs = reader.runs(session)
-            settled_to = max(acked, config.stream.first_sequence - 1)
-            gaps = in_store.get("gaps", ())
-            holes = [hole for hole in reader.holes(session, settled_to) if not _is_accepted(hole, gaps)]
-            said |= {
-                "session": session,
-                "taped": runs.head,
-                "lag_events": max(runs.head - settled_to, 0)
-                - sum(last - first + 1 for first, last in holes if first <= runs.head),
-                "holes": [list(hole) for hole in holes],
-                "malformed": reader.malformed_total,
-                "sessions": len(sessions),
-            }
-    except TapeError as missing:
-        said["tape"] = str(missing)
-        if state == "idle" and settling:
-            said["state"] = "waiting"
-    return said
-
-
-def _recorder_says(config: Config) -> dict[str, Any]:
-    """Give what a running recorder hears, and how its talk with the replay server stands."""
-    recording = is_locked(config.tape.path, "recorder")
-    told = (read_recorded(config.tape.path) or {}) if recording else {}
-    return {
-        "recording": recording,
-        "heard_at_us": told.get("heard_at_us", 0),
-        "silent_since_us": told.get("silent_since_us", 0),
-        "replay": told.get("replay") if config.replay is not None else None,
-    }
-
-
-def _is_accepted(hole: tuple[int, int], gaps: tuple[tuple[int, int], ...]) -> bool:
-    return any(first <= hole[0] and hole[1] <= last for first, last in gaps)
-
-
-def _from_store(config: Config) -> tuple[dict[str, Any], str]:
-    stream = config.stream.name
-
-    async def ask(store: Store) -> dict[str, Any]:
-        state = await store.load_state(stream)
-        known: dict[str, Any] = {kind: position.sequence for kind, position in state.items()}
-        agreed = await decisions.read_agreed(store, stream)
-        if agreed is not None:
-            known |= {"session": agreed.session, "gaps": agreed.gaps}
-        first = agreed.first_sequence if agreed else config.stream.first_sequence
-        count = 0
-        async for rows in store.scan_rejected(stream, first, I63_MAX):
-            count += len(rows)
-        return known | {"rejected": count}
+    stream, first_sequence = config.stream.name, config.stream.first_sequence
 
     async def in_time(store: Store) -> dict[str, Any]:
         async with asyncio.timeout(STATUS_STORE_S):
-            return await ask(store)
+            return await from_store(store, stream, first_sequence)
 
+    store_says = "reachable"
     try:
-        return with_store(config, in_time), "reachable"
+        in_store = with_store(config, in_time)
     except (OutcomeUnknownError, StoreRefusedError, TimeoutError) as error:
-        return {}, f"not reachable: {error}"
+        in_store, store_says = {}, f"not reachable: {error}"
+    told = told_by_settler(config.tape.path, stream)
+    replayed = config.replay is not None
+    said = put_together(config.tape.path, stream, first_sequence, told, in_store, replay_configured=replayed)
+    return said | {"store": store_says}
 
 
 def _status_text(said: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar import config
-from sidecar.config import Config, ConfigError, as_dict, as_toml, load, parse
+from sidecar.config import Config, ConfigError, as_dict, as_toml, load, parse, read_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +107,7 @@ DEFAULTS: dict[str, Any] = {
         }
     },
     "fees": {"revenue_user_id": 0},
-    "admin": {"listen": "127.0.0.1:9464"},
+    "admin": {"listen": "127.0.0.1:9464", "token_file": None},
     "reconcile": {"interval_s": 3600.0, "rate_rows_s": 10_000, "path": None},
 }
 
@@ -216,6 +216,10 @@ def test_rules_are_what_the_decision_log_holds() -> None:
         ("fees.revenue_user_id=-1", "from 0 to 2^63 - 1"),
         ("admin.listen=9464", "HOST:PORT"),
         ("admin.listen=host:65536", "HOST:PORT"),
+        ("admin.listen=0.0.0.0:9464", "a loopback address, such as 127.0.0.1:9464"),
+        ("admin.listen=[::]:9464", "a loopback address"),
+        ("admin.listen=admin.example:9464", "a loopback address"),
+        ("admin.listen=192.0.2.1:0", "admin.token_file"),
         ("reconcile.interval_s=-1", "from 0 (off)"),
     ],
 )
@@ -317,6 +321,8 @@ def test_accounts_of_one_batch_must_fit_into_memory() -> None:
         ("engine.endpoint=ipc:///run/engine/out", "ipc:///run/engine/out"),
         ("admin.listen=", ""),
         ("admin.listen=[::1]:0", "[::1]:0"),
+        ("admin.listen=localhost:9464", "localhost:9464"),
+        ("admin.listen=127.8.8.8:9464", "127.8.8.8:9464"),
         ("reconcile.interval_s=0", 0.0),
         ("tape.retention_s=0", 0.0),
         ("stream.gap_after_s=7", 7.0),
@@ -619,3 +625,26 @@ def test_the_configurations_of_recorded_trades_parse(name: str) -> None:
         symbol: (each.base, each.quote, each.price_decimals, each.quote_amount, each.trade_id_time, each.page_width)
         for symbol, each in read.symbols.items()
     } == {"btc_usdt": ("btc", "usdt", 2, *kind), "eth_usdt": ("eth", "usdt", 2, *kind)}
+
+
+def test_a_secret_with_a_bare_name_is_found_among_the_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_on, usual = tmp_path / "handed-on", tmp_path / "usual"
+    for folder in (handed_on, usual):
+        folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sidecar.config.CREDENTIALS", usual)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(handed_on))
+    name = Path("cassandra")
+    for place in (
+        usual / "cassandra",
+        tmp_path / "cassandra",
+        handed_on / "sidecar_cassandra",
+        handed_on / "cassandra",
+    ):
+        place.write_text(f"{place.parent.name}\n")
+        assert read_secret(name, "key") == place.parent.name
+    assert read_secret(usual / "cassandra", "key") == "usual", "a path is a path"
+    with pytest.raises(ConfigError, match="other: can't be read"):
+        read_secret(Path("other"), "key")

@@ -702,7 +702,7 @@ def test_a_full_tape_takes_nothing_loses_nothing_and_goes_on_when_there_is_room(
                     tape.append(trade(n))
                 turn = tape.take_turn()
                 asyncio.run(tape.commit(turn))
-        assert tape.used_bytes() > 200_000
+        assert reader.used_bytes() > 200_000
         assert numbers(follow(reader, 1)) == list(range(1, n - 99))
         with pytest.raises(TapeFullError):
             asyncio.run(tape.commit(turn))
