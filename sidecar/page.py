@@ -258,6 +258,8 @@ def _details(watch: Watch, said: dict[str, Any]) -> Iterable[tuple[str, str]]:
         )
         more = len(holes) - HOLES_SHOWN_MAX
         yield "holes", shown + (f" and {more:,} more (`sidecar gap list`)" if more > 0 else "")
+    if replay := said.get("replay"):
+        yield "replay", f"{replay.get('state', '?')}; {replay.get('filled_total', 0):,} frames brought"
     for late in said.get("late", ()):
         yield f"late {late['stream']}", f"{late['state']}: taped {late['taped']:,}, acked {late['acked']:,}"
     if watch.proofs is not None:
