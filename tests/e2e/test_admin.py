@@ -210,6 +210,7 @@ class Browser:
             self._driver.wait()
 
 
+@pytest.mark.long
 @pytest.mark.tool("chromium", "chromedriver")
 def test_a_browser_shows_each_state_renews_itself_and_says_when_nobody_answers(tmp_path: Path) -> None:
     pictures = Path(os.environ.get("SIDECAR_TEST_PICTURES", tmp_path))

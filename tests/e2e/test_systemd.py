@@ -280,6 +280,7 @@ class Systemd:
         return not self._cgroup.exists()
 
 
+@pytest.mark.long
 @pytest.mark.tool("systemctl", "unshare")
 @pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "can be run")
 def test_systemd_itself_runs_the_unit_in_its_sandbox_and_restarts_a_frozen_one(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """What faults are caused with: full disks, failing system calls, wrong clocks. What this machine lacks is said loudly.
 
-A test says what it needs: `@pytest.mark.needs("strace")`. Where that is missing the test is left out, with a banner;
-with CI=true it is a failure for what anybody can install (strace, faketime), and left out for what a machine gives or
-does not give (the right to mount).
+A test says what it needs: `@pytest.mark.needs("strace")`. Where that is missing the test is left out, with a banner at
+the head and at the end of the run (`.ci/run` installs strace and faketime where it can).
 """
 
 from __future__ import annotations
@@ -15,15 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple, Self
-
-
-class Tool(NamedTuple):
-    """Something a fault is caused with: `lacks` says what is missing and how to get it, or None."""
-
-    lacks: Callable[[], str | None]
-    obtainable: bool  # by anybody, so that CI must have it
-
+from typing import Final, Self
 
 # --- a disk that gets full --------------------------------------------------------------------------------------------
 
@@ -150,8 +141,9 @@ def lacks_faketime() -> str | None:
     return None if _faketime() is not None else "libfaketime is not installed: apt-get install faketime"
 
 
-TOOLS: Final = {
-    "mount": Tool(lacks_mount, obtainable=False),
-    "strace": Tool(lacks_strace, obtainable=True),
-    "faketime": Tool(lacks_faketime, obtainable=True),
+# What is missing and how to get it, or None.
+TOOLS: Final[dict[str, Callable[[], str | None]]] = {
+    "mount": lacks_mount,
+    "strace": lacks_strace,
+    "faketime": lacks_faketime,
 }
