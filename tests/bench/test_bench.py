@@ -16,6 +16,7 @@ from bench import __main__ as bench
 from bench import acks, compare, engine, growth, judge, latency, report, rows, soak
 from bench.report import BenchError
 from bench.watch import Sample, Watch, look
+from bench.world import until
 
 if TYPE_CHECKING:
     from tests.cassandra_node import Node
@@ -87,9 +88,10 @@ def test_queries_are_all_answered_right(run: Callable[..., Ran]) -> None:
 
 
 def test_growth_measures_each_size_of_one_store(run: Callable[..., Ran]) -> None:
-    ran = run("growth", "--from", "200", "--to", "500", "--probe", "200", *SMALL)
+    # Enough trades for the kernel's clock ticks of CPU time, 10 ms, to count them.
+    ran = run("growth", "--from", "2000", "--to", "5000", "--probe", "2000", *SMALL)
     assert ran.status == 0, ran.errors
-    assert [one["size"] for one in ran.figures["points"]] == [200, 500]
+    assert [one["size"] for one in ran.figures["points"]] == [2000, 5000]
     assert ran.figures["equal"] is True
     assert ran.figures["cpu_growth"] > 0
 
@@ -247,9 +249,7 @@ def test_cpu_between_two_moments_is_interpolated() -> None:
 
 def test_a_process_that_is_gone_is_not_looked_at() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    sample = look(process.pid)
-    assert sample is not None
-    assert sample.rss_bytes > 0
+    sample = until(lambda: (seen := look(process.pid)) and seen.rss_bytes and seen, "it is more than a pid")
     assert sample.files >= 3
     process.communicate()
     assert look(process.pid) is None

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,11 +116,13 @@ def test_f16_malformed_oversized_and_deeply_nested_frames(tmp_path: Path, seed: 
     chance = random.Random(seed)
     engine_endpoint = f"tcp://127.0.0.1:{free_port()}"
     count, malformed, padded, heard = 4_000, 0, set(), itertools.count(1)
+    healed = threading.Event()
 
     def change(frames: Frames) -> list[Frames]:
         nonlocal malformed
         number, payload = next(heard), frames[1]
         if number > 3_000:  # healed: progress is made of good frames alone
+            healed.wait(60)
             return [frames]
         sent: list[Frames] = []
         if number % 40 == 0:
@@ -139,9 +142,10 @@ def test_f16_malformed_oversized_and_deeply_nested_frames(tmp_path: Path, seed: 
     ):
         run = world.start("run")
         engine = world.engine("--users", "50", "--count", str(count), "--endpoint", engine_endpoint, rate=1_500)
-        world.until_acked(3_000)
+        world.until_acked(2_900)
         fault.strike(malformed + len(padded))
         fault.heals(world)
+        healed.set()
         engine.result()
         _note_pads(world.journal, padded)
         fault.closes(world, count)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.world import ROOT, Process, World, free_port, until
+from tests.fault.kit import Fault, lost_and_doubled
 
 
 class Past(World):
@@ -77,10 +76,21 @@ def published(world: World) -> int:
     return max((int(json.loads(line)["seq"]) for line in lines), default=0)
 
 
-def closed(world: Past, *running: Process, last: int, gaps: Sequence[str] = (), tape: str = "tape.db") -> None:
-    """Assert the three things that every fault must end with."""
+def closed(
+    fault: Fault,
+    world: Past,
+    *running: Process,
+    last: int,
+    struck: int,
+    gaps: Sequence[str] = (),
+    tape: str = "tape.db",
+) -> None:
+    """Assert the three things that every fault must end with; what stood in the way was taken out of it just now."""
+    fault.strike(struck)
+    healed = time.monotonic()
     # 1. Progress: all that was published is settled, nothing is missing and nothing halted.
     world.until_acked(last, 40, tape=tape)
+    fault.recovered_s = time.monotonic() - healed
     said = world.status_when(lambda said: said["state"] == "running", "it runs", tape)
     assert (said["halted"], said["holes"], said["sessions"]) == (None, [], 1)
     for process in running:
@@ -88,29 +98,22 @@ def closed(world: Past, *running: Process, last: int, gaps: Sequence[str] = (), 
     # 2. The store equals the journal.
     verdict = world.judge(*(part for gap in gaps for part in ("--accepted-gaps", gap)))
     assert verdict["ok"], verdict
-    # 3. Nothing twice: as many rows as events, and as many identities.
+    # 3. Nothing lost but what was given up, nothing twice: by the rows and versions alone.
     given_up = sum(int(to) - int(first) + 1 for first, to in (gap.split("-") for gap in gaps))
-    with closing(sqlite3.connect(world.folder / "settlement.db")) as store:
-        tables = [
-            name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE name LIKE 'settled_trades_%'")
-        ]
-        trades = [row for name in tables for row in store.execute(f"SELECT output_sequence, trade_id FROM {name}")]
-        others = store.execute("SELECT output_sequence FROM ledger_events").fetchall()
-    sequences = [row[0] for row in (*trades, *others)]
-    assert len(sequences) == len(set(sequences)) == last - given_up
-    assert len({trade_id for _, trade_id in trades}) == len(trades)
+    fault.lost, fault.doubled = lost_and_doubled(world.judged, last)
+    assert (fault.lost, fault.doubled) == (given_up, 0)
 
 
-def test_f01_late_join(tmp_path: Path) -> None:
+def test_f01_late_join(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path) as world:
         world.publish("--count", "6000", "--wait-subscribers", "0", rate=2000)
         until(lambda: published(world) > 1500, "the engine is far on")
         run = world.start("run")
-        closed(world, run, last=6000)
+        closed(fault, world, run, last=6000, struck=1)
         assert run.logged("replay_filled")[0]["frames"] > 1000
 
 
-def test_f01_late_join_of_an_engine_that_has_fallen_silent(tmp_path: Path) -> None:
+def test_f01_late_join_of_an_engine_that_has_fallen_silent(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "engine.silence_s=1.0") as world:
         world.publish("--count", "3000", "--wait-subscribers", "0")
         until(lambda: published(world) == 3000, "all is said")
@@ -118,11 +121,11 @@ def test_f01_late_join_of_an_engine_that_has_fallen_silent(tmp_path: Path) -> No
         world.until_acked(3000)
         said = world.status_when(lambda said: said["silent_since_us"], "the silence shows")
         assert said["replay"]["filled_total"] == 3000
-        closed(world, run, last=3000)
+        closed(fault, world, run, last=3000, struck=1)
         assert len(run.logged("engine_silent")) == 1
 
 
-def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path: Path) -> None:
+def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "pipeline.durable_after_s=0.5") as world:
         world.publish("--count", "4000", rate=1000)
         run = world.start("run")
@@ -131,30 +134,30 @@ def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path:
         durable = world.said()["durable"]
         until(lambda: published(world) > durable + 1000, "it goes on without a sidecar")
         run = world.start("run", tape="new.db")
-        closed(world, run, last=4000, tape="new.db")
+        closed(fault, world, run, last=4000, struck=1, tape="new.db")
         assert 0 < world.recorded("new.db")["filled_total"] <= 4000 - durable
 
 
-def test_f03_burst_beyond_the_high_water_mark(tmp_path: Path) -> None:
+def test_f03_burst_beyond_the_high_water_mark(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "engine.receive_hwm_frames=200", "engine.receive_buffer_bytes=4096") as world:
         run = world.start("run")
         until(lambda: world.recorded().get("state"), "it records")
         world.publish("--count", "30000", "--hwm", "500")
-        closed(world, run, last=30000)
+        closed(fault, world, run, last=30000, struck=1)
         assert sum(line["frames"] for line in run.logged("replay_filled")) > 500
 
 
-def test_f04_last_frames_dropped(tmp_path: Path) -> None:
+def test_f04_last_frames_dropped(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path) as world:
         run = world.start("run")
         until(lambda: world.recorded().get("state"), "it records")
         dropped = [part for sequence in range(996, 1001) for part in ("--withhold", str(sequence))]
         world.publish("--count", "1000", "--heartbeat-s", "0.2", *dropped)
-        closed(world, run, last=1000)
+        closed(fault, world, run, last=1000, struck=len(dropped) // 2)
         assert world.recorded()["filled_total"] == 5
 
 
-def test_f10_reordered_frames(tmp_path: Path) -> None:
+def test_f10_reordered_frames(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path) as world:
         run = world.start("run")
         swapped = [part for sequence in range(100, 2000, 50) for part in ("--swap", str(sequence))]
@@ -162,11 +165,11 @@ def test_f10_reordered_frames(tmp_path: Path) -> None:
             part for sequence in range(510, 2000, 300) for part in ("--withhold-until", f"{sequence}:{sequence + 250}")
         ]
         world.publish("--count", "3000", *swapped, *late, rate=1000)
-        closed(world, run, last=3000)
+        closed(fault, world, run, last=3000, struck=(len(swapped) + len(late)) // 2)
 
 
 @pytest.mark.parametrize("on_gap", ["halt", "record"])
-def test_f11_router_dead(tmp_path: Path, on_gap: str) -> None:
+def test_f11_router_dead(tmp_path: Path, fault: Fault, on_gap: str) -> None:
     with Past(tmp_path, f"stream.on_gap={on_gap}", "stream.gap_after_s=0.5") as world:
         run = world.start("run")
         world.publish("--count", "2000", "--withhold", "400", "--withhold", "401", served=False)
@@ -176,11 +179,11 @@ def test_f11_router_dead(tmp_path: Path, on_gap: str) -> None:
         assert (said["taped"], said["holes"], said["acked"]) == (2000, [[400, 401]], 399)
         assert said["replay"]["state"] == "silent"
         world.serve()
-        closed(world, run, last=2000)
+        closed(fault, world, run, last=2000, struck=2)
         assert run.logged("replay_answers")
 
 
-def test_f12_router_slow(tmp_path: Path) -> None:
+def test_f12_router_slow(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "stream.gap_after_s=30", timeout_s=0.3) as world:
         world.lie("slow 0.5")
         run = world.start("run")
@@ -192,7 +195,7 @@ def test_f12_router_slow(tmp_path: Path) -> None:
         world.lie("slow 0.1")
         world.until_acked(said["taped"])
         engine.signal(signal.SIGTERM)
-        closed(world, run, last=engine.result()["last_sequence"])
+        closed(fault, world, run, last=engine.result()["last_sequence"], struck=1)
 
 
 LIES = (
@@ -201,7 +204,7 @@ LIES = (
 )  # fmt: skip
 
 
-def test_f13_router_lies(tmp_path: Path) -> None:
+def test_f13_router_lies(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "stream.gap_after_s=60", "replay.retry_backoff_max_s=0.2", timeout_s=0.2) as world:
         world.lie("garbage")
         world.serve()
@@ -227,11 +230,11 @@ def test_f13_router_lies(tmp_path: Path) -> None:
         assert said["holes"] == []  # nobody's word for 2^62 frames is on the tape
         world.heal()
         engine.signal(signal.SIGTERM)
-        closed(world, run, last=engine.result()["last_sequence"])
+        closed(fault, world, run, last=engine.result()["last_sequence"], struck=len(LIES))
 
 
 @pytest.mark.parametrize("lie", ["wrong-range", "far-ahead"])
-def test_f13_router_lies_to_an_empty_tape(tmp_path: Path, lie: str) -> None:
+def test_f13_router_lies_to_an_empty_tape(tmp_path: Path, fault: Fault, lie: str) -> None:
     with Past(tmp_path, timeout_s=0.2) as world:
         world.lie(lie)
         world.publish("--count", "2500", "--wait-subscribers", "0", "--session", "7")
@@ -241,20 +244,20 @@ def test_f13_router_lies_to_an_empty_tape(tmp_path: Path, lie: str) -> None:
         if lie != "far-ahead":
             assert world.status()["taped"] == 0
         world.heal()
-        closed(world, run, last=2500)
+        closed(fault, world, run, last=2500, struck=1)
 
 
-def test_f14_stale_answer(tmp_path: Path) -> None:
+def test_f14_stale_answer(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path) as world:
         world.lie("stale")  # with forged frames: who takes them is found by the judge
         run = world.start("run")
         withheld = [part for sequence in range(400, 420) for part in ("--withhold", str(sequence))]
         world.publish("--count", "2000", *withheld)
-        closed(world, run, last=2000)
+        closed(fault, world, run, last=2000, struck=len(withheld) // 2)
         assert world.recorded()["counts"]["stale"] > 2
 
 
-def test_f15_history_gone_halts_until_it_is_accepted(tmp_path: Path) -> None:
+def test_f15_history_gone_halts_until_it_is_accepted(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "stream.gap_after_s=60") as world:
         world.lie("gone 501")
         run = world.start("run")
@@ -266,21 +269,21 @@ def test_f15_history_gone_halts_until_it_is_accepted(tmp_path: Path) -> None:
         assert "gone" in said["halted"]["reason"]  # it did not wait for gap_after_s
         assert "gap accept 480 500" in said["halted"]["next_step"]
         world.verb("gap", "accept", "480", "500", "--reason", "gone", status=0)
-        closed(world, run, last=2000, gaps=["480-500"])
+        closed(fault, world, run, last=2000, struck=21, gaps=["480-500"])
 
 
-def test_f15_history_gone_is_recorded_by_a_settler_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_f15_history_gone_is_recorded_by_a_settler_in_a_process_of_its_own(tmp_path: Path, fault: Fault) -> None:
     with Past(tmp_path, "stream.on_gap=record", "stream.gap_after_s=1") as world:
         world.lie("gone 501")
         world.publish("--count", "2000", "--wait-subscribers", "0")
         until(lambda: published(world) == 2000, "all is said")
         record = world.start("record")
         settle = world.start("settle")
-        closed(world, settle, record, last=2000, gaps=["1-500"])
+        closed(fault, world, settle, record, last=2000, struck=500, gaps=["1-500"])
         assert "says that 1 to 500 is gone" in settle.logged("gap_recorded")[0]["reason"]
 
 
-def test_f32_two_sidecars_with_different_holes_fill_from_each_other(tmp_path: Path) -> None:
+def test_f32_two_sidecars_with_different_holes_fill_from_each_other(tmp_path: Path, fault: Fault) -> None:
     one, other = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     with Past(tmp_path, "stream.gap_after_s=60") as world:
 
@@ -296,7 +299,7 @@ def test_f32_two_sidecars_with_different_holes_fill_from_each_other(tmp_path: Pa
         first.kill()  # and misses some of the middle
         time.sleep(0.7)
         first = start("run", "one.db", one, other)
-        closed(world, first, last=6000, tape="one.db")
+        closed(fault, world, first, last=6000, struck=2, tape="one.db")
         assert world.recorded("one.db")["filled_total"] > 100
         assert second.term() == 0
         engine.kill()
