@@ -233,9 +233,25 @@ def dependencies() -> set[str]:
     return {re.split(r"[\s<>=!~\[;]", each)[0] for each in wanted}
 
 
+INSTEAD = {"scylla-driver"}  # of cassandra-driver: both install the package `cassandra`, one of them is locked
+
+
 def test_the_lock_has_every_dependency() -> None:
     locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text("utf-8"), re.MULTILINE))
-    assert dependencies() <= locked, "refresh requirements.lock with the command at its head"
+    assert dependencies() - INSTEAD <= locked, "refresh requirements.lock with the command at its head"
+    assert not INSTEAD & locked
+
+
+def test_the_lock_names_every_file_by_its_hash_and_nothing_by_its_address() -> None:
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    entries = re.split(r"^(?=[^\s#])", text, flags=re.MULTILINE)[1:]
+    faults = [entry.splitlines()[0] for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry)]
+    faults += [
+        entry.splitlines()[0] for entry in entries if not re.match(r"[\w.-]+==[\w.]+ \\$", entry.splitlines()[0])
+    ]
+    assert not faults, f"without a hash, or not pinned: {faults}"
+    assert len(entries) > len(dependencies())
+    assert "://" not in text
 
 
 def test_the_architecture_says_why_each_dependency_is_there() -> None:

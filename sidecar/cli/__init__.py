@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sidecar import __version__
+from sidecar.cli import versions
 from sidecar.errors import SidecarError
 
 _BEGIN = """\
@@ -23,6 +23,7 @@ to begin:
   sidecar run                                       records and settles, until SIGTERM
   sidecar status                                    how it stands, and what to do when it is halted
   sidecar demo                                      a real engine's session, settled in front of you
+  sidecar --version                                 what a bug report needs
 
 every verb takes --config FILE (else ./sidecar.toml, else /etc/sidecar/sidecar.toml), --set section.key=value, --json;
 SIDECAR_SECTION__KEY in the environment sets a key, too. exit: 0 fine, 1 found or failed, 2 usage, 78 configuration
@@ -33,9 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; give the exit status."""
     parser = _parser()
     given = parser.parse_args(arguments)
+    if given.version:
+        said = versions.gathered()
+        print(json.dumps(said) if given.json_first else versions.text(said))
+        return 0
     if given.verb is None:
         parser.print_help(sys.stderr)
         return 2
+    given.json = given.json or given.json_first
     try:
         status: int = given.run(given)
     except SidecarError as error:
@@ -78,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_BEGIN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"sidecar {__version__}")
+    parser.add_argument("--version", action="store_true", help="all versions that a bug report needs; --json, too")
+    parser.add_argument("--json", action="store_true", dest="json_first", help=argparse.SUPPRESS)  # before the verb
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", type=Path, metavar="FILE", help="the configuration (default: see below)")

@@ -20,10 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
+from sidecar.cli import carried
 from sidecar.errors import SidecarError
 from sidecar.tape import read_settled
 
-_ROOT: Final = Path(__file__).resolve().parents[2]
+_ROOT: Final = carried.root()
+_PACKAGES: Final = Path(__file__).resolve().parents[2]  # where this package is imported from, for its processes
 _START_S: Final = 30.0
 _STALL_S: Final = 30.0
 
@@ -87,7 +89,7 @@ def _settle(folder: Path, trades: str, target: _Target, rate: float, *, quiet: b
     bench = _ROOT / "bench"
     engine = [sys.executable, str(bench / "engine.py"), "--source", trades]
     if not bench.is_dir():
-        raise DemoFailedError(f"{bench} is not there: run the demo from a checkout, with scripts/demo")
+        raise DemoFailedError(f"{bench} is not there: this installation is not whole; install sidecar anew")
     rules = folder / "rules.json"
     rules.write_text(_output([*engine, "--print-rules"]))
     endpoint = f"tcp://127.0.0.1:{_free_port()}"
@@ -101,7 +103,7 @@ def _settle(folder: Path, trades: str, target: _Target, rate: float, *, quiet: b
         configured += ["--set", setting]
     run = [sys.executable, "-m", "sidecar", "run", *configured]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGES), environment.get("PYTHONPATH")]))
     target.prepare(configured, environment)
     with _process(run, folder / "sidecar.log", environment) as sidecar:
         paced = ["--rate", str(rate)] if rate > 0 else ["--pace", "flat"]
