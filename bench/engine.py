@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import zmq
+from zmq.auth import load_certificate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -761,6 +762,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FRAMES",
         help="drop beyond so many unsent frames, as PUB does (default %(default)s)",
     )
+    add("--curve-key-file", type=Path, metavar="FILE", help="speak CURVE as the owner of FILE (NAME.key_secret)")
     add = parser.add_argument_group("what").add_argument
     add("--source", choices=("session", "binance", "generated", "mixed"), default="session", help="default: session")
     add("--users", type=int, default=64, metavar="N", help="users of all but the session (default 64)")
@@ -895,9 +897,20 @@ def _bind(context: zmq.Context[zmq.Socket[bytes]], args: argparse.Namespace) -> 
     socket.setsockopt(zmq.SNDHWM, args.hwm)
     socket.setsockopt(zmq.XPUB_VERBOSER, 1)  # every subscriber is told, not only the first
     socket.setsockopt(zmq.LINGER, int(args.linger_s * 10_000))
+    if args.curve_key_file:
+        _secure(socket, args.curve_key_file)
     endpoint: str = args.endpoint
     socket.bind(endpoint[:-2] + ":*" if endpoint.endswith(":0") else endpoint)
     return socket
+
+
+def _secure(socket: zmq.Socket[bytes], key_file: Path) -> None:
+    """Make a socket speak CURVE as the owner of a ZeroMQ certificate."""
+    public, secret = load_certificate(key_file)
+    assert secret is not None, f"{key_file} holds no secret key"
+    socket.setsockopt(zmq.CURVE_SERVER, 1)
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -183,6 +183,15 @@ def _is_endpoint(text: str) -> bool:
     return scheme == "tcp" and _is_host_and_port(rest)
 
 
+def _is_on_this_host(endpoint: str) -> bool:
+    scheme, _, rest = endpoint.partition("://")
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        return scheme == "ipc" or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _hosts() -> _Rule:
     def take(value: object) -> tuple[str, ...]:
         if not isinstance(value, list) or not value:
@@ -255,6 +264,8 @@ class EngineSection:
     receive_buffer_bytes: int = _key(_integer(4_096, I31_MAX, "bytes"), 8_388_608)
     frame_bytes_max: int = _key(_integer(FRAME_BYTES_MAX_LEAST, 67_108_864, "bytes"), 1_048_576)
     silence_s: float = _key(_seconds(most=DAY_S, zero="off"), 10.0)
+    curve_server_key_file: Path | None = _key(_path(optional=True), None)
+    curve_key_file: Path | None = _key(_path(optional=True), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +275,7 @@ class ReplaySection:
     endpoint: str = _key(_ENDPOINT)
     timeout_s: float = _key(_seconds(most=3_600.0), 1.0)
     retry_backoff_max_s: float = _key(_seconds(most=3_600.0), 5.0)
+    curve_server_key_file: Path | None = _key(_path(optional=True), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +284,7 @@ class ReplayServerSection:
 
     endpoint: str = _key(_ENDPOINT)
     answers_per_s_max: int = _key(_integer(1, 10_000, "answers"), 50)
+    curve_key_file: Path | None = _key(_path(optional=True), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -644,6 +657,7 @@ class _Reading:
         self._check_replay(config)
         self._check_store(config)
         self._check_admin(config.admin)
+        self._check_keys(config)
         self._check_rules(config)
         return replace(config, warnings=tuple(_warnings(config)))
 
@@ -726,6 +740,22 @@ class _Reading:
                 "loopback address, such as 127.0.0.1:9464"
             )
 
+    def _check_keys(self, config: Config) -> None:
+        own = config.engine.curve_key_file
+        servers = {"engine.curve_server_key_file": config.engine.curve_server_key_file}
+        if config.replay is not None:
+            servers["replay.curve_server_key_file"] = config.replay.curve_server_key_file
+        named = {key: file for key, file in servers.items() if file is not None}
+        for key, file in named.items():
+            if own is None:
+                self.mistakes.append(
+                    f"{key} = {_shown(str(file))}: allowed is only together with engine.curve_key_file"
+                )
+        if own is not None and not named:
+            self.mistakes.append(
+                f"engine.curve_key_file = {_shown(str(own))}: allowed is only together with {' or '.join(servers)}"
+            )
+
     def _check_rules(self, config: Config) -> None:
         ids: dict[int, str] = {}
         for name, asset in config.assets.items():
@@ -765,6 +795,18 @@ def _warnings(config: Config) -> Iterator[str]:
                 f"{symbol.page_width / MS16_PAGE_WIDTH:.3g} s of trades; {MS16_PAGE_WIDTH} is one second. "
                 "It can't be changed once trades are settled"
             )
+    engine, cassandra = config.engine, config.store.cassandra
+    if engine.curve_server_key_file is None and not _is_on_this_host(engine.endpoint):
+        yield (
+            f"engine.endpoint = {_shown(engine.endpoint)}: without CURVE, whoever sits on the way there can read every "
+            "trade and invent his own; `sidecar keygen` makes the keys for engine.curve_server_key_file"
+        )
+    away = [host for host in cassandra.contact_points if not _is_on_this_host(f"tcp://{host}:{cassandra.port}")]
+    if config.store.backend == "cassandra" and cassandra.username and cassandra.tls_ca_file is None and away:
+        yield (
+            f"store.cassandra.username = {_shown(cassandra.username)}: without store.cassandra.tls_ca_file the "
+            f"password goes to {_shown(away[0])} as it is"
+        )
     if config.store.backend == "cassandra" and config.pipeline.durable_after_s < COMMIT_LOG_LAG_S:
         yield (
             f"pipeline.durable_after_s = {config.pipeline.durable_after_s:g}: with its usual commit log Cassandra may "

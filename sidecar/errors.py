@@ -19,6 +19,18 @@ class UsageError(SidecarError):
     exit_code = 2
 
 
+class KeyFileError(SidecarError):
+    """A file of keys can't be used, or would be overwritten: exit 78."""
+
+    exit_code = 78
+
+
+class UntrustedError(SidecarError):
+    """Whoever likes could speak as the engine: exit 78."""
+
+    exit_code = 78
+
+
 class RulesChangedError(SidecarError):
     """The configuration contradicts the rules that a stream or the keyspace has already settled by: exit 78."""
 

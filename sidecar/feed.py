@@ -10,13 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+log = logging.getLogger(__name__)
 
 RECONNECT_MS: Final = 100
 RECONNECT_MAX_MS: Final = 2_000
+_NEXT_STEP: Final = "check engine.curve_server_key_file and engine.curve_key_file against what the engine speaks"
+# What the other end's first words were not, by libzmq's event.
+_NOT_UNDERSTOOD: Final[dict[int, str]] = {
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it hung up before it proved to be who it should be",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one of the two speaks CURVE and the other does not, or it is no ZeroMQ",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not let our key in",
+}
 
 
 class Feed:
@@ -32,8 +43,9 @@ class Feed:
         receive_buffer_bytes: int,
         on_turn: Callable[[list[list[bytes]]], None],
         may_take: Callable[[], int],
+        secure: Callable[[Any], None] = lambda _: None,
     ) -> None:
-        """Set the socket up; `start` connects.
+        """Set the socket up, with the keys that `secure` gives it; `start` connects.
 
         `receive_hwm_frames` bounds libzmq's queue: a minute of 5,000 frames/s is 300,000. Two options are left out on
         purpose. A heartbeat on this socket: a paused engine would be disconnected, and what it then says is lost; TCP
@@ -54,6 +66,9 @@ class Feed:
         for option, value in options.items():
             self._socket.setsockopt(option, value)
         self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+        secure(self._socket)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | sum(_NOT_UNDERSTOOD))
+        self.refused: str | None = None  # why the other end is not listened to; None: it is, or nobody is there
         self._endpoint = endpoint
         self._turn_frames_max = turn_frames_max
         self._on_turn = on_turn
@@ -68,6 +83,8 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._socket.connect(self._endpoint)
         self._loop.add_reader(self._socket.fileno(), self._drain)
+        self._loop.add_reader(self._monitor.fileno(), self._hear_monitor)
+        self._loop.call_soon(self._hear_monitor)
         self._schedule()  # what came before the reader was there is not announced again
 
     def resume(self) -> None:
@@ -79,10 +96,26 @@ class Feed:
         """Stop draining and let the socket go."""
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_reader(self._monitor.fileno())
         if self._again is not None:
             self._again.cancel()
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
         self._context.term()
+
+    def _hear_monitor(self) -> None:
+        """Tell once when the other end is not the one we look for; each try to connect says it again."""
+        with contextlib.suppress(zmq.Again, zmq.ZMQError):
+            while True:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+                reason = _NOT_UNDERSTOOD.get(event)
+                if reason is not None and self.refused is None:
+                    said = {"endpoint": self._endpoint, "reason": reason, "next_step": _NEXT_STEP}
+                    log.error("engine_not_trusted", extra=said)
+                elif reason is None and self.refused is not None:
+                    log.warning("engine_trusted", extra={"endpoint": self._endpoint})
+                self.refused = reason
 
     def _schedule(self) -> None:
         if self._again is None and self._loop is not None:

@@ -48,13 +48,14 @@ class Recorder:
         retention_s: float,
         silence_s: float = 0.0,
         refill: Refill | None = None,
+        secure: Callable[[Any], None] = lambda _: None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept.
 
         A payload above `frame_bytes_max` is malformed; one between wire.md's 4 KiB and that is recorded, and rejected.
         An engine that is not heard for `silence_s` (0: never mind) is called silent. `refill` fills holes, if anybody
-        serves the past.
+        serves the past. `secure` gives the feed's socket its keys.
         """
         self.tape = tape
         self.heard_at_us = 0
@@ -78,6 +79,7 @@ class Recorder:
             receive_buffer_bytes=receive_buffer_bytes,
             on_turn=self._take_turn,
             may_take=self._room,
+            secure=secure,
         )
 
     @property

@@ -75,6 +75,7 @@ class Refill:
         timeout_s: float,
         retry_backoff_max_s: float,
         frame_bytes_max: int,
+        secure: Callable[[Any], None] = lambda _: None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """Take the tape, the stream and where it begins, the server, how long it may take, and we wait at most."""
@@ -94,7 +95,7 @@ class Refill:
         self._now_us = now_us
         self._begun_us = now_us()
         self._client = Client(stream=stream, first_id=self._begun_us, frame_bytes_max=frame_bytes_max)
-        self._dealer = Dealer(endpoint, ANSWER_BYTES_MAX)
+        self._dealer = Dealer(endpoint, ANSWER_BYTES_MAX, secure)
         self._limit = ASK_FRAMES_MAX
         self._settled: dict[str, Any] = {}
         self._settled_looked_at = -SETTLED_LOOK_S

@@ -11,9 +11,10 @@ import asyncio
 import logging
 import sqlite3
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sidecar import replay
 from sidecar.errors import RequestRefusedError, TapeDamagedError, TapeError
@@ -29,8 +30,17 @@ LOOK_FRAMES: Final = 128  # read from the disk at once: bounds what is in memory
 class ReplayServer:
     """Serves one tape. `counts` says what was answered, by kind."""
 
-    def __init__(self, *, tape_path: Path, stream: str, endpoint: str, answers_per_s_max: int) -> None:
-        """Take the tape, the stream it is of, where to bind, and how much may be asked."""
+    def __init__(
+        self,
+        *,
+        tape_path: Path,
+        stream: str,
+        endpoint: str,
+        answers_per_s_max: int,
+        secure: Callable[[Any], None] = lambda _: None,
+    ) -> None:
+        """Take the tape, the stream it is of, where to bind (with the keys of `secure`), and how much may be asked."""
+        self._secure = secure
         self.counts: Counter[str] = Counter()
         self._tape_path = tape_path
         self._stream = stream
@@ -48,7 +58,7 @@ class ReplayServer:
     async def run(self) -> None:
         """Serve until `stop`. Raises SidecarError when the endpoint can't be bound."""
         self._running = asyncio.current_task()
-        router = Router(self._endpoint, replay.REQUEST_BYTES_MAX)
+        router = Router(self._endpoint, replay.REQUEST_BYTES_MAX, self._secure)
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
         log.info("replay_served", extra={"endpoint": self._endpoint})

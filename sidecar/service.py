@@ -19,9 +19,9 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from sidecar import decisions, wire
-from sidecar.config import CassandraSection, Config, ConfigError, read_secret, secret_path
-from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError
+from sidecar import decisions, trust, wire
+from sidecar.config import CassandraSection, Config, ConfigError, ReplayServerSection, read_secret, secret_path
+from sidecar.errors import OutcomeUnknownError, SequenceGapError, SidecarError, UntrustedError
 from sidecar.events import Refused, Trade
 from sidecar.late import LOOK_EVERY_S, LateReading, readings
 from sidecar.ledger import before
@@ -129,6 +129,7 @@ def make_recorder(config: Config, tape: Tape) -> Recorder:
             timeout_s=config.replay.timeout_s,
             retry_backoff_max_s=config.replay.retry_backoff_max_s,
             frame_bytes_max=config.engine.frame_bytes_max,
+            secure=_as_client(config, config.replay.curve_server_key_file),
         )
     return Recorder(
         tape=tape,
@@ -141,7 +142,50 @@ def make_recorder(config: Config, tape: Tape) -> Recorder:
         retention_s=config.tape.retention_s,
         silence_s=config.engine.silence_s,
         refill=refill,
+        secure=_as_client(config, config.engine.curve_server_key_file),
     )
+
+
+def _as_client(config: Config, server_key_file: Path | None) -> trust.Secure:
+    """Give what secures a socket towards the holder of that key: nothing where none is named."""
+    if server_key_file is None or config.engine.curve_key_file is None:
+        return trust.plain
+    return trust.as_client(server_key_file, config.engine.curve_key_file)
+
+
+def make_replay_server(config: Config, served: ReplayServerSection) -> ReplayServer:
+    """Make who serves the tape's past."""
+    return ReplayServer(
+        tape_path=config.tape.path,
+        stream=config.stream.name,
+        endpoint=served.endpoint,
+        answers_per_s_max=served.answers_per_s_max,
+        secure=trust.plain if served.curve_key_file is None else trust.as_server(served.curve_key_file),
+    )
+
+
+def check_trust(config: Config) -> None:
+    """Refuse an engine's ipc path that anybody could take over, unless CURVE proves who is there; warn of the rest.
+
+    Raises UntrustedError.
+    """
+    engine = config.engine
+    if engine.curve_server_key_file is None:
+        step = "keep the socket where only the engine may write (chmod 0755), or use CURVE (`sidecar keygen`)"
+        for place in trust.replaceable(engine.endpoint):
+            said = f"engine.endpoint = {engine.endpoint}: anybody may write into {place.directory} ({place.mode:04o})"
+            if place.anybody:
+                raise UntrustedError(f"{said} and put another engine in its place; {step}")
+            log.warning("engine_path_shared", extra={"reason": f"{said}: whoever binds first is the engine; {step}"})
+    secrets = {
+        "engine.curve_key_file": engine.curve_key_file,
+        "replay_server.curve_key_file": config.replay_server.curve_key_file if config.replay_server else None,
+        "store.cassandra.password_file": config.store.cassandra.password_file,
+        "store.cassandra.tls_key_file": config.store.cassandra.tls_key_file,
+    }
+    for key, path in secrets.items():
+        if path is not None and trust.is_exposed(path):
+            log.warning("secret_exposed", extra={"key": key, "path": str(path), "next_step": f"chmod 0600 {path}"})
 
 
 def make_settler(config: Config, store: Store, tail: Tail | None) -> Settler:
@@ -243,6 +287,7 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     log.info("starting", extra={"record": record, "settle": settle, "stream": config.stream.name})
+    check_trust(config)
     token, notifier = admin_token(config), Notifier()
     tape = open_tape(config) if record else None
     held = None
@@ -252,12 +297,7 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
             server = settler = hourly = None
             working = [parts.create_task(recorder.run())] if recorder is not None else []
             if recorder is not None and (served := config.replay_server) is not None:
-                server = ReplayServer(
-                    tape_path=config.tape.path,
-                    stream=config.stream.name,
-                    endpoint=served.endpoint,
-                    answers_per_s_max=served.answers_per_s_max,
-                )
+                server = make_replay_server(config, served)
                 working.append(parts.create_task(server.run()))
             if settle:
                 held = lock(config.tape.path, "settler")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import zmq
 import zmq.asyncio
@@ -22,8 +23,9 @@ MESSAGES_MAX: Final = 16  # that wait in a socket, each way and for each peer
 class Dealer:
     """The side that asks; a socket is made when there is something to ask."""
 
-    def __init__(self, endpoint: str, message_bytes_max: int) -> None:
-        """Take where the server is, and what a sound message has at most; one far larger is not even received."""
+    def __init__(self, endpoint: str, message_bytes_max: int, secure: Callable[[Any], None] = lambda _: None) -> None:
+        """Take where the server is, what a sound message has at most (one far larger is not received), the keys."""
+        self._secure = secure
         self._endpoint = endpoint
         self._message_bytes_max = message_bytes_max
         self._context: zmq.asyncio.Context | None = None
@@ -51,6 +53,7 @@ class Dealer:
             }
             for option, value in options.items():
                 self._socket.setsockopt(option, value)
+            self._secure(self._socket)
             self._socket.connect(self._endpoint)
         return self._socket
 
@@ -81,8 +84,8 @@ class Dealer:
 class Router:
     """The side that answers."""
 
-    def __init__(self, endpoint: str, message_bytes_max: int) -> None:
-        """Bind. Raises SidecarError when that can't be."""
+    def __init__(self, endpoint: str, message_bytes_max: int, secure: Callable[[Any], None] = lambda _: None) -> None:
+        """Bind, with the keys that `secure` gives. Raises SidecarError when that can't be."""
         self._context = zmq.asyncio.Context(1)
         self._socket = self._context.socket(zmq.ROUTER)
         options = {
@@ -93,6 +96,7 @@ class Router:
         }
         for option, value in options.items():
             self._socket.setsockopt(option, value)
+        secure(self._socket)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:

@@ -54,15 +54,18 @@ class Node:
         jvm: Sequence[str] = (),
         heap: str | None = None,
         bench: bool = False,
+        secure: bool = False,
     ) -> None:
         self.name = name or f"test-{secrets.token_hex(4)}"
         self.nodes = nodes
         self.port = 0  # known once started
+        self.ca_file: str | None = None  # of a secure one
         self._options = [
             *(f"--yaml={key}={value}" for key, value in (yaml or {}).items()),
             *(f"--jvm={argument}" for argument in jvm),
             *([f"--heap={heap}"] if heap else []),
             *(["--bench"] if bench else []),
+            *(["--secure"] if secure else []),
         ]
 
     def __enter__(self) -> Self:
@@ -92,6 +95,7 @@ class Node:
         """Start, or start again with the same ports and data; returns when it answers CQL."""
         answer = self._run("start", *self._options, f"--nodes={self.nodes}", *_chosen(number))
         self.port = answer["nodes"][0]["port"]
+        self.ca_file = answer["ca_file"]
 
     def stop(self, number: int | None = None) -> None:
         """SIGTERM, and wait for the end."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: {"errors", "events"},
     1: {"wire", "symbols", "ledger", "batch", "replay"},
-    2: {"disk", "feed", "talk", "tape", "store", "notify"},
+    2: {"disk", "feed", "talk", "trust", "tape", "store", "notify"},
     3: {
         *("decisions", "refill", "replay_server", "record"),
         *("pipeline", "life", "foreign", "streams", "late", "opening", "settle", "proof"),

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import certificates
 import commitlog
 import protocol
 import runtime
@@ -32,6 +33,7 @@ PORTS = range(
     20_000, 31_000
 )  # below the ports the kernel hands out by itself, so that no client takes one between choice and use
 STOP_S, READY_S = 60.0, 120.0
+LOG_IN_S = 10.0
 _STATEMENTS_TO_LEARN = (
     "CREATE KEYSPACE k WITH replication = {'class': 'NetworkTopologyStrategy', 'replication_factor': 1}",
     "CREATE TABLE k.t (a bigint, b text, c bigint, d blob, f frozen<map<text, bigint>>, PRIMARY KEY (a, b))",
@@ -108,6 +110,9 @@ class Cluster:
             if not asleep:
                 return False
         self.settings = wanted
+        if wanted.secure:
+            hosts = [wanted.host(each) for each in range(1, wanted.nodes + 1)]
+            certificates.make(certificates.Files(self.folder), hosts)
         archive = prepare(timeout_s)
         for attempt in (1, 2, 3):
             self._choose_ports(port_is_a_must=port_is_a_must)
@@ -260,10 +265,13 @@ def launch(settings: Settings, member: Member, archive: Mapping[str, Path]) -> N
 
 def wait_until_it_answers(settings: Settings, member: Member, deadline: float) -> protocol.Connection:
     """A connection that has been through STARTUP. Raises NodeError with the last lines of the log."""
+    log_in_until = time.monotonic() + LOG_IN_S
     while True:
         try:
-            # The caller closes it.
-            return protocol.Connection(member.host, settings.port, timeout_s=5, tls=settings.tls)
+            connection = protocol.Connection(member.host, settings.port, timeout_s=5, tls=settings.tls)
+            if connection.logged_in or not settings.secure or time.monotonic() > log_in_until:
+                return connection  # the caller closes it
+            connection.close()  # the first superuser is not there yet; or somebody has given it another password
         except (OSError, protocol.RefusedError) as error:
             if member.process.pid is None:
                 raise _why_it_failed(settings, member, "ended before it answered") from error

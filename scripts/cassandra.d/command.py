@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import certificates
 import cql
 import runtime
 from cluster import NAME_PATTERN, NODES, READY_S, Cluster, Member, all_clusters, prepare
@@ -36,6 +37,7 @@ examples:
   scripts/cassandra start --name t --yaml commitlog_sync=batch
   scripts/cassandra kill --name t                      SIGKILL, as a crash
   scripts/cassandra kill --name t --cut-commitlog 50   and as a power failure: the last 50 writes are lost
+  scripts/cassandra start --name s --secure            TLS, passwords, rights; its ca.pem is in its folder
   scripts/cassandra start --name c --nodes 3           three nodes; then e.g. pause --name c --node 2
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 no Java 17 or no Maven on this machine
@@ -96,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--heap", metavar="SIZE", help=f"512M, 2G ... (default: {TEST_HEAP}, with --bench {BENCH_HEAP})")
     start.add_argument(
         "--bench", action="store_true", default=None, help="a node to measure: G1, all compiler tiers, fixed heap"
+    )
+    start.add_argument(
+        "--secure",
+        action="store_true",
+        default=None,
+        help="TLS with a certificate of its own, passwords (first: cassandra/cassandra), rights; `cql` knows how to log in",
     )
     start.add_argument(
         "--yaml",
@@ -210,6 +218,8 @@ def _wanted(asked: argparse.Namespace, kept: Settings | None) -> Settings:
         wanted.nodes = asked.nodes
     if asked.bench:
         wanted.bench, wanted.heap = True, BENCH_HEAP
+    if asked.secure:
+        wanted.secure = True
     if asked.heap:
         if not re.fullmatch(r"[1-9][0-9]*[MmGg]", asked.heap):
             raise NodeError(f"--heap {asked.heap}; allowed: a number with M or G, as in 512M")
@@ -342,6 +352,10 @@ def _cql(asked: argparse.Namespace) -> int:
             states = ", ".join(f"{each.host} is {each.process.state}" for each in members)
             raise NodeError(f"{asked.name}: {states}; next: scripts/cassandra start --name {asked.name}")
         host, port = running[0].host, cluster.made().port
+        if cluster.made().secure:
+            asked.ca_file = asked.ca_file or str(certificates.Files(cluster.folder).ca)
+            if asked.user is None:
+                asked.user, asked.password = "cassandra", "cassandra"
     target = cql.Target(
         host, port, asked.user, asked.password, asked.ca_file, asked.keyspace, asked.consistency, asked.timeout
     )
@@ -381,7 +395,8 @@ def _print_nodes(cluster: Cluster, members: list[Member], asked: argparse.Namesp
             {"node": each.number, "host": each.host, "port": port, "pid": each.process.pid, "data": str(each.home)}
             for each in members
         ]
-        print(json.dumps({"name": cluster.name, "started": not remark, "nodes": nodes}))
+        ca_file = str(certificates.Files(cluster.folder).ca) if cluster.made().secure else None
+        print(json.dumps({"name": cluster.name, "started": not remark, "nodes": nodes, "ca_file": ca_file}))
         return
     if remark:
         runtime.say(remark)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+import certificates
+
 TEST_HEAP, BENCH_HEAP = "512M", "2G"
 
 # The distribution's jvm17-server.options; nodetool needs it too.
@@ -86,6 +88,7 @@ class Settings:
     jmx_ports: list[int] = field(default_factory=list)
     bench: bool = False
     heap: str = TEST_HEAP
+    secure: bool = False
     yaml: dict[str, str] = field(default_factory=dict)
     jvm: list[str] = field(default_factory=list)
 
@@ -108,7 +111,7 @@ class Settings:
     def tls(self) -> bool:
         """Whether clients have to speak TLS."""
         asked = self.yaml.get("client_encryption_options", "").replace('"', "").replace(" ", "")
-        return "enabled:true" in asked and "optional:true" not in asked
+        return self.secure or ("enabled:true" in asked and "optional:true" not in asked)
 
 
 def yaml_text(settings: Settings, number: int, home: Path) -> str:
@@ -141,11 +144,30 @@ def yaml_text(settings: Settings, number: int, home: Path) -> str:
         # A batch is refused from 50 KiB on as everywhere; the default warns from 5 KiB on, for each of ours.
         "batch_size_warn_threshold": "49KiB",
     }
+    if settings.secure:
+        ours |= _secure(certificates.Files(home if settings.nodes == 1 else home.parent))
     if settings.yaml.get("commitlog_sync", "periodic") != "periodic":
         del ours["commitlog_sync_period"]  # refused beside `batch` and `group`
     lines = [f"{key}: {json.dumps(value)}" for key, value in ours.items() if key not in settings.yaml]
     lines += [f"{key}: {text}" for key, text in settings.yaml.items() if text]
     return "\n".join(lines) + "\n"
+
+
+def _secure(files: certificates.Files) -> dict[str, object]:
+    """TLS for everybody, passwords and rights. The passwords are of a development node: nobody's secret."""
+    return {
+        "authenticator": "PasswordAuthenticator",
+        "authorizer": "CassandraAuthorizer",
+        "role_manager": "CassandraRoleManager",
+        "permissions_validity": "200ms",
+        "roles_validity": "200ms",
+        "client_encryption_options": {
+            "enabled": True,
+            "optional": False,
+            "ssl_context_factory": {"class_name": "org.apache.cassandra.security.PEMBasedSslContextFactory"},
+            "keystore": str(files.node),
+        },
+    }
 
 
 def identity(home: Path) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -25,6 +26,8 @@ def add_verbs(verb: Any) -> None:
     verb("run", run, "record and settle in one process, until SIGTERM", _RUN)
     verb("record", record, "only record: the socket to the tape", _RUN)
     verb("settle", settle, "only settle: the tape to the store", _RUN)
+    added = verb("keygen", keygen, "make a pair of CURVE keys, in two new files that only you may read", _KEYGEN)
+    added.add_argument("name", nargs="?", default="sidecar", metavar="NAME", help="NAME.key, NAME.key_secret (sidecar)")
     verb("check-config", check_config, "say what is wrong with the configuration; exit 78 when something is")
     added = verb("print-config", print_config, "show the configuration in force, without secrets")
     added.add_argument("--sample", action="store_true", help="show a commented sample to begin with")
@@ -38,6 +41,11 @@ def add_verbs(verb: Any) -> None:
 _RUN = """\
 recording never waits for the database, and goes on while settlement is halted: see `sidecar status`.
 SIGTERM: nothing more is taken, what is under way is finished under pipeline.shutdown_timeout_s, exit 0.
+"""
+_KEYGEN = """\
+NAME.key         the public key, for the other end: its file is what curve_server_key_file names there
+NAME.key_secret  both keys, for their owner: curve_key_file; an engine in Python or C reads the same files
+nothing is overwritten. one pair for the engine, one for the sidecar: `sidecar keygen engine`, `sidecar keygen sidecar`
 """
 _DEMO = """\
 an engine process publishes, `sidecar run` settles into a fresh store, and a judge that shares no code with sidecar
@@ -91,6 +99,18 @@ def record(given: argparse.Namespace) -> int:
 def settle(given: argparse.Namespace) -> int:
     """The settling half."""
     return _serve(given, record=False, settle=True)
+
+
+def keygen(given: argparse.Namespace) -> int:
+    """Make a pair of keys; only the public one is shown."""
+    from sidecar import trust
+
+    public_file, secret_file = Path(f"{given.name}.key"), Path(f"{given.name}.key_secret")
+    public = trust.write_keys(public_file, secret_file)
+    said = {"public_key": public, "public_key_file": str(public_file), "secret_key_file": str(secret_file)}
+    text = f"public key: {public}\n{public_file}: for the other end\n{secret_file}: secret, for its owner alone"
+    print(json.dumps(said) if given.json else text)
+    return 0
 
 
 def check_config(given: argparse.Namespace) -> int:

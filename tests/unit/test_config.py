@@ -56,6 +56,8 @@ DEFAULTS: dict[str, Any] = {
         "receive_buffer_bytes": 8_388_608,
         "frame_bytes_max": 1_048_576,
         "silence_s": 10.0,
+        "curve_server_key_file": None,
+        "curve_key_file": None,
     },
     "replay": None,
     "replay_server": None,
@@ -193,6 +195,8 @@ def test_rules_are_what_the_decision_log_holds() -> None:
         ("store.cassandra.replication_factor=0", "from 1"),
         ("store.cassandra.batch=counter", '"logged" or "unlogged"'),
         ("store.cassandra.request_timeout_s=0", "above 0"),
+        ("engine.curve_key_file=k", "together with engine.curve_server_key_file"),
+        ("engine.curve_server_key_file=k", "together with engine.curve_key_file"),
         ("store.cassandra.username=app", "together with store.cassandra.password_file"),
         ("store.cassandra.password_file=secret", "together with store.cassandra.username"),
         ("store.cassandra.tls_key_file=key.pem", "together with store.cassandra.tls_cert_file"),
@@ -577,6 +581,20 @@ def test_a_durable_lag_below_what_cassandra_may_lose_is_warned_of() -> None:
     assert line.startswith("pipeline.durable_after_s = 0.5")
 
 
+def test_what_goes_over_a_network_unprotected_is_warned_of() -> None:
+    (line,) = parse(LEAST, ["engine.endpoint=tcp://10.0.0.5:5557"]).warnings
+    assert line.startswith('engine.endpoint = "tcp://10.0.0.5:5557": without CURVE')
+    with_keys = ["engine.curve_server_key_file=e.key", "engine.curve_key_file=s.key_secret"]
+    assert parse(LEAST, ["engine.endpoint=tcp://engine:5557", *with_keys]).warnings == ()
+    for here in ("tcp://127.0.0.1:1", "tcp://localhost:1", "tcp://[::1]:1", "ipc:///run/engine/pub"):
+        assert parse(LEAST, [f"engine.endpoint={here}"]).warnings == ()
+    login = ["store.backend=cassandra", "store.cassandra.username=app", "store.cassandra.password_file=p"]
+    assert parse(LEAST, login).warnings == ()
+    (line,) = parse(LEAST, [*login, "store.cassandra.contact_points=127.0.0.1,db"]).warnings
+    assert "the password goes to" in line
+    assert parse(LEAST, [*login, "store.cassandra.contact_points=db", "store.cassandra.tls_ca_file=ca"]).warnings == ()
+
+
 # --- the files that come with it --------------------------------------------------------------------------------------
 
 
@@ -588,7 +606,7 @@ def test_the_sample_shows_every_key_with_its_default() -> None:
     symbol = dataclasses.asdict(sample.symbols["btc_usdt"])
     assert symbol == DEFAULTS["symbols"]["btc_usdt"]
     with_replay = re.sub(
-        r"^# (?=\[replay\]|\[replay_server\]|endpoint = |timeout_s = |retry_backoff_max_s = |answers_per_s_max = )",
+        r"^# (?=\[replay\]|\[replay_server\]|endpoint = |timeout_s = |retry_backoff_max_s = |answers_per_s_max = |curve_)",
         "",
         text,
         flags=re.MULTILINE,
