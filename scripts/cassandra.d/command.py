@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--secure",
         action="store_true",
         default=None,
-        help="TLS with a certificate of its own, passwords (first: cassandra/cassandra), rights; `cql` knows how to log in",
+        help="TLS with a certificate of its own, passwords, rights; cassandra/cassandra may log in, and `cql` does",
     )
     start.add_argument(
         "--yaml",

@@ -44,7 +44,7 @@ from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, 
 from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store import tables
 from sidecar.store.base import SCAN_ROWS, summed
-from sidecar.store.connection import ask, connection_class
+from sidecar.store.connection import NodeNotTrustedError, ask, connection_class
 from sidecar.store.encode import LOGGED, UNLOGGED, BatchEncoder, insert_statement
 from sidecar.store.nodes import GENERATION, Nodes
 from sidecar.store.scans import ProofRows, ms_of
@@ -64,6 +64,8 @@ FIRST_LOOKS_MAX: Final = 20
 FIRST_LOOK_EVERY_S: Final = 0.1
 
 _APPLY: Final = "run `sidecar schema apply`"
+_CHECK_CA: Final = "check store.cassandra.tls_ca_file, and that the certificate names the contact point"
+_GRANT: Final = "schema/roles.cql grants what each role needs"
 
 
 # --- errors: the one place where the driver's become ours -------------------------------------------------------------
@@ -79,6 +81,8 @@ _REFUSED_TYPES: Final = (
     cassandra.FunctionFailure,
     cassandra.UnsupportedOperation,
 )
+# Of all that a node may answer a connection with, what no other try mends.
+_HOPELESS_TYPES: Final = (cassandra.AuthenticationFailed, NodeNotTrustedError)
 _UNKNOWN_TYPES: Final = (
     cassandra.OperationTimedOut,
     cassandra.Timeout,  # of a read or a write, of every kind of write
@@ -105,8 +109,10 @@ def classified(error: BaseException, unknown_errors: Counter[str]) -> StoreError
     code = getattr(error, "code", None)
     if isinstance(error, NoHostAvailable) and isinstance(error.errors, dict):
         for each in error.errors.values():
-            if isinstance(each, cassandra.AuthenticationFailed) or getattr(each, "code", None) == 0x0100:
+            if isinstance(each, _HOPELESS_TYPES) or getattr(each, "code", None) == 0x0100:
                 return classified(each, unknown_errors)
+    if isinstance(error, NodeNotTrustedError):
+        return StoreRefusedError(f"{message}; {_CHECK_CA}")
     if isinstance(error, _REFUSED_TYPES) or code in _REFUSED_CODES:
         said = str(error).lower()
         if "batch too large" in said:
@@ -115,6 +121,8 @@ def classified(error: BaseException, unknown_errors: Counter[str]) -> StoreError
             return StoreRefusedError(f"{message}; {_APPLY}")
         if isinstance(error, cassandra.AuthenticationFailed) or code == 0x0100:
             return StoreRefusedError(f"{message}; check store.cassandra.username and password_file")
+        if isinstance(error, cassandra.Unauthorized) or code == 0x2100:
+            return StoreRefusedError(f"{message}; {_GRANT}")
         return StoreRefusedError(message)
     if not isinstance(error, _UNKNOWN_TYPES) and code not in _UNKNOWN_CODES:
         unknown_errors[name] += 1
@@ -380,12 +388,20 @@ class CassandraStore(ProofRows):
                     f" {', '.join(sorted(known))}"
                 ) from error
             found = classified(error, self.unknown_errors)
-            raise type(found)(f"{self._where()}: {found}") from error
+            raise type(found)(f"{self._where()}: {found}{self._tls_hint(error)}") from error
         session.client_protocol_handler = self._wire
         session.use_client_timestamp = False
         self._answers = _Answers(asyncio.get_running_loop())
         self._connected = _Connected(session.cluster, session)
         return self._connected
+
+    def _tls_hint(self, error: Exception) -> str:
+        """Give what may be wrong when a node takes the connection and then hangs up: it says no more than that."""
+        if self._tls is None and isinstance(error, NoHostAvailable) and isinstance(error.errors, dict):
+            for each in error.errors.values():
+                if isinstance(each, ConnectionResetError | ConnectionException | protocol.ErrorMessage):
+                    return "; if it wants TLS, name its authority in store.cassandra.tls_ca_file"
+        return ""
 
     def _where(self) -> str:
         return f"{','.join(self._contact_points)} port {self._port}"

@@ -33,6 +33,10 @@ def connection_class(loop: asyncio.AbstractEventLoop, on_close: Callable[[], Non
     return type("LoopConnectionHere", (LoopConnection,), attributes)
 
 
+class NodeNotTrustedError(ConnectionException):  # type: ignore[misc]  # the driver is untyped
+    """A node's certificate is not signed by the authority that we trust, or names another node."""
+
+
 class _Timer:
     """A timer that may be set and cancelled from any thread."""
 
@@ -66,6 +70,13 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is untyped
         self._socket.setblocking(False)
         self.loop.call_soon_threadsafe(self._watch)
         self._send_options_message()
+
+    def _initiate_connection(self, sockaddr: Any) -> None:
+        try:
+            super()._initiate_connection(sockaddr)
+        except ssl.SSLCertVerificationError as error:
+            self._socket.close()
+            raise NodeNotTrustedError(str(error), self.endpoint) from error  # as an OSError it would lose its type
 
     @classmethod
     def initialize_reactor(cls) -> None:

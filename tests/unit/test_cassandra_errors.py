@@ -13,6 +13,7 @@ from cassandra import cluster, connection, pool, protocol  # noqa: E402
 
 from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, StoreRefusedError  # noqa: E402
 from sidecar.store.cassandra import classified  # noqa: E402
+from sidecar.store.connection import NodeNotTrustedError  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,6 +56,8 @@ def refused() -> Iterable[BaseException]:
     yield cassandra.AuthenticationFailed("wrong")
     yield cassandra.UnsupportedOperation("not here")
     yield cluster.NoHostAvailable("none", {"127.0.0.1": cassandra.AuthenticationFailed("wrong")})
+    yield NodeNotTrustedError("another authority")
+    yield cluster.NoHostAvailable("none", {"127.0.0.1": NodeNotTrustedError("another authority")})
 
 
 @pytest.mark.parametrize("error", list(unknown()), ids=repr)

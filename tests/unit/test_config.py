@@ -606,7 +606,7 @@ def test_the_sample_shows_every_key_with_its_default() -> None:
     symbol = dataclasses.asdict(sample.symbols["btc_usdt"])
     assert symbol == DEFAULTS["symbols"]["btc_usdt"]
     with_replay = re.sub(
-        r"^# (?=\[replay\]|\[replay_server\]|endpoint = |timeout_s = |retry_backoff_max_s = |answers_per_s_max = |curve_)",
+        r"^# (?=\[replay|endpoint = |timeout_s = |retry_backoff_max_s = |answers_per_s_max = |curve_)",
         "",
         text,
         flags=re.MULTILINE,
