@@ -185,11 +185,7 @@ def _is_endpoint(text: str) -> bool:
 
 def _is_on_this_host(endpoint: str) -> bool:
     scheme, _, rest = endpoint.partition("://")
-    host = rest.rpartition(":")[0].strip("[]")
-    try:
-        return scheme == "ipc" or host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return scheme == "ipc" or is_loopback(rest.rpartition(":")[0].strip("[]"))
 
 
 def _hosts() -> _Rule:

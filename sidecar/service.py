@@ -150,7 +150,7 @@ def _as_client(config: Config, server_key_file: Path | None) -> trust.Secure:
     """Give what secures a socket towards the holder of that key: nothing where none is named."""
     if server_key_file is None or config.engine.curve_key_file is None:
         return trust.plain
-    return trust.as_client(server_key_file, config.engine.curve_key_file)
+    return trust.as_client(server_key_file, secret_path(config.engine.curve_key_file))
 
 
 def make_replay_server(config: Config, served: ReplayServerSection) -> ReplayServer:
@@ -160,31 +160,35 @@ def make_replay_server(config: Config, served: ReplayServerSection) -> ReplaySer
         stream=config.stream.name,
         endpoint=served.endpoint,
         answers_per_s_max=served.answers_per_s_max,
-        secure=trust.plain if served.curve_key_file is None else trust.as_server(served.curve_key_file),
+        secure=trust.plain if served.curve_key_file is None else trust.as_server(secret_path(served.curve_key_file)),
     )
 
 
-def check_trust(config: Config) -> None:
-    """Refuse an engine's ipc path that anybody could take over, unless CURVE proves who is there; warn of the rest.
+def check_trust(config: Config, *, record: bool) -> None:
+    """Refuse an ipc path that anybody could take over, unless CURVE proves who is there; warn of the rest.
 
-    Raises UntrustedError.
+    Only who records is told something by others. Raises UntrustedError.
     """
-    engine = config.engine
-    if engine.curve_server_key_file is None:
-        step = "keep the socket where only the engine may write (chmod 0755), or use CURVE (`sidecar keygen`)"
-        for place in trust.replaceable(engine.endpoint):
-            said = f"engine.endpoint = {engine.endpoint}: anybody may write into {place.directory} ({place.mode:04o})"
+    engine, replay, served, cassandra = config.engine, config.replay, config.replay_server, config.store.cassandra
+    peers = [("engine.endpoint", engine.endpoint, engine.curve_server_key_file)] if record else []
+    if record and replay is not None:
+        peers.append(("replay.endpoint", replay.endpoint, replay.curve_server_key_file))
+    step = "keep the socket where only its owner may write (chmod 0755), or use CURVE (`sidecar keygen`)"
+    for key, endpoint, server_key_file in peers:
+        for place in trust.replaceable(endpoint) if server_key_file is None else ():
+            said = f"{key} = {endpoint}: anybody may write into {place.directory} ({place.mode:04o})"
             if place.anybody:
-                raise UntrustedError(f"{said} and put another engine in its place; {step}")
-            log.warning("engine_path_shared", extra={"reason": f"{said}: whoever binds first is the engine; {step}"})
+                raise UntrustedError(f"{said} and put another one in its place; {step}")
+            log.warning("ipc_path_shared", extra={"reason": f"{said}: whoever binds first is believed; {step}"})
     secrets = {
         "engine.curve_key_file": engine.curve_key_file,
-        "replay_server.curve_key_file": config.replay_server.curve_key_file if config.replay_server else None,
-        "store.cassandra.password_file": config.store.cassandra.password_file,
-        "store.cassandra.tls_key_file": config.store.cassandra.tls_key_file,
+        "replay_server.curve_key_file": served.curve_key_file if served is not None else None,
+        "store.cassandra.password_file": cassandra.password_file,
+        "store.cassandra.tls_key_file": cassandra.tls_key_file,
+        "admin.token_file": config.admin.token_file,
     }
     for key, path in secrets.items():
-        if path is not None and trust.is_exposed(path):
+        if path is not None and trust.is_exposed(path := secret_path(path)):
             log.warning("secret_exposed", extra={"key": key, "path": str(path), "next_step": f"chmod 0600 {path}"})
 
 
@@ -287,7 +291,7 @@ async def serve(config: Config, *, record: bool, settle: bool) -> None:
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     log.info("starting", extra={"record": record, "settle": settle, "stream": config.stream.name})
-    check_trust(config)
+    check_trust(config, record=record)
     token, notifier = admin_token(config), Notifier()
     tape = open_tape(config) if record else None
     held = None

@@ -74,7 +74,7 @@ def test_an_ipc_path_that_anybody_could_take_over_is_refused_with_the_next_step(
         assert run.term() == 0
         shared.chmod(0o1777)
         run = world.start("run", log="sticky.log")
-        warned = until(lambda: run.logged("engine_path_shared"), "it warns")
+        warned = until(lambda: run.logged("ipc_path_shared"), "it warns")
         assert any(str(shared) in line["reason"] for line in warned)
         assert run.term() == 0
 
