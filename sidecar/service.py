@@ -142,8 +142,13 @@ def make_recorder(config: Config, tape: Tape) -> Recorder:
         retention_s=config.tape.retention_s,
         silence_s=config.engine.silence_s,
         refill=refill,
-        secure=_as_client(config, config.engine.curve_server_key_file),
+        secure=engine_keys(config),
     )
+
+
+def engine_keys(config: Config) -> trust.Secure:
+    """Give what secures a socket towards the engine."""
+    return _as_client(config, config.engine.curve_server_key_file)
 
 
 def _as_client(config: Config, server_key_file: Path | None) -> trust.Secure:
@@ -164,12 +169,25 @@ def make_replay_server(config: Config, served: ReplayServerSection) -> ReplaySer
     )
 
 
+def secret_files(config: Config) -> dict[str, Path]:
+    """Give the files of secrets that the configuration names, by key."""
+    served = config.replay_server
+    named = {
+        "admin.token_file": config.admin.token_file,
+        "engine.curve_key_file": config.engine.curve_key_file,
+        "replay_server.curve_key_file": served.curve_key_file if served is not None else None,
+        "store.cassandra.password_file": config.store.cassandra.password_file,
+        "store.cassandra.tls_key_file": config.store.cassandra.tls_key_file,
+    }
+    return {key: path for key, path in named.items() if path is not None}
+
+
 def check_trust(config: Config, *, record: bool) -> None:
     """Refuse an ipc path that anybody could take over, unless CURVE proves who is there; warn of the rest.
 
     Only who records is told something by others. Raises UntrustedError.
     """
-    engine, replay, served, cassandra = config.engine, config.replay, config.replay_server, config.store.cassandra
+    engine, replay = config.engine, config.replay
     peers = [("engine.endpoint", engine.endpoint, engine.curve_server_key_file)] if record else []
     if record and replay is not None:
         peers.append(("replay.endpoint", replay.endpoint, replay.curve_server_key_file))
@@ -180,15 +198,8 @@ def check_trust(config: Config, *, record: bool) -> None:
             if place.anybody:
                 raise UntrustedError(f"{said} and put another one in its place; {step}")
             log.warning("ipc_path_shared", extra={"reason": f"{said}: whoever binds first is believed; {step}"})
-    secrets = {
-        "engine.curve_key_file": engine.curve_key_file,
-        "replay_server.curve_key_file": served.curve_key_file if served is not None else None,
-        "store.cassandra.password_file": cassandra.password_file,
-        "store.cassandra.tls_key_file": cassandra.tls_key_file,
-        "admin.token_file": config.admin.token_file,
-    }
-    for key, path in secrets.items():
-        if path is not None and trust.is_exposed(path := secret_path(path)):
+    for key, named in secret_files(config).items():
+        if trust.is_exposed(path := secret_path(named)):
             log.warning("secret_exposed", extra={"key": key, "path": str(path), "next_step": f"chmod 0600 {path}"})
 
 

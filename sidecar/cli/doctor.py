@@ -27,7 +27,7 @@ from sidecar import config as configuration
 from sidecar.config import Config, host_and_port, secret_path
 from sidecar.errors import MalformedFrameError, OutcomeUnknownError, SidecarError, StoreRefusedError, TapeError
 from sidecar.events import Trade
-from sidecar.service import open_store
+from sidecar.service import engine_keys, open_store, secret_files
 from sidecar.tape import TapeReader, is_locked
 from sidecar.wire import decode
 
@@ -125,6 +125,7 @@ def _listen(config: Config, listen_s: float) -> Heard:
     try:
         ear.setsockopt(zmq.LINGER, 0)
         ear.setsockopt(zmq.SUBSCRIBE, b"")
+        engine_keys(config)(ear)
         ear.connect(config.engine.endpoint)
         deadline = time.monotonic() + listen_s
         while len(payloads) < FRAMES_HEARD_MAX and (left_s := deadline - time.monotonic()) > 0:
@@ -385,7 +386,7 @@ def _permissions(config: Config) -> Iterator[Finding]:
             step = f"was sidecar started by another user? chown {owner} in {path.parent}, then restart it"
             found = f"{', '.join(strangers)}: not of the owner of {path.name} (uid {owner})"
             yield Finding("permissions", WRONG, found, step)
-    for key, secret in _secrets(config):
+    for key, secret in secret_files(config).items():
         place = secret_path(secret)
         if not place.exists():
             fine = False
@@ -396,17 +397,6 @@ def _permissions(config: Config) -> Iterator[Finding]:
             yield Finding("permissions", WRONG, f"{key}: {place} is open to others (mode {mode})", f"chmod 600 {place}")
     if fine:
         yield Finding("permissions", FINE, "folders, files and secrets belong to whom they should")
-
-
-def _secrets(config: Config) -> Iterator[tuple[str, Path]]:
-    cassandra = config.store.cassandra
-    for key, path in (
-        ("admin.token_file", config.admin.token_file),
-        ("store.cassandra.password_file", cassandra.password_file),
-        ("store.cassandra.tls_key_file", cassandra.tls_key_file),
-    ):
-        if path is not None:
-            yield key, path
 
 
 # --- trade ids and pages ----------------------------------------------------------------------------------------------

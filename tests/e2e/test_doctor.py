@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from bench.world import ENVIRONMENT, World
+from sidecar import trust
 from sidecar.cli import doctor
 from sidecar.cli.doctor import FINE, NOTE, WRONG, Finding
 from sidecar.config import Config, parse
@@ -55,11 +56,12 @@ def only(found: dict[str, list[Finding]], check: str) -> Finding:
 
 
 @contextmanager
-def publishing(topic: bytes, *more: bytes, **fields: Any) -> Iterator[str]:
+def publishing(topic: bytes, *more: bytes, secure: trust.Secure = trust.plain, **fields: Any) -> Iterator[str]:
     """A publisher of trades, over and over; give the setting that names it."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     publisher = context.socket(zmq.PUB)
     publisher.setsockopt(zmq.LINGER, 0)
+    secure(publisher)
     publisher.bind("tcp://127.0.0.1:*")
     endpoint = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
     done = threading.Event()
@@ -98,6 +100,19 @@ def test_beside_a_running_sidecar_all_is_well(tmp_path: Path) -> None:
         assert f"process {run.pid}" in found["limits"]["found"], "its limits count, not the shell's"
         assert said["ok"] == all(finding["verdict"] != WRONG for finding in said["findings"])
         engine.kill()
+
+
+def test_it_hears_an_engine_that_speaks_curve(tmp_path: Path) -> None:
+    engine, own = tmp_path / "engine.key_secret", tmp_path / "own.key_secret"
+    trust.write_keys(tmp_path / "engine.key", engine)
+    trust.write_keys(tmp_path / "own.key", own)
+    keys = [f"engine.curve_server_key_file={tmp_path / 'engine.key'}", f"engine.curve_key_file={own}"]
+    with publishing(b"settlement", secure=trust.as_server(engine)) as endpoint:
+        assert only(examined(tmp_path, endpoint, *keys, listen_s=1.0), "frames").verdict == FINE
+        assert only(examined(tmp_path, endpoint, listen_s=1.0), "frames").verdict != FINE
+    own.chmod(0o644)
+    (finding,) = (one for one in examined(tmp_path, *keys)["permissions"] if "engine.curve_key_file" in one.found)
+    assert finding.verdict == WRONG
 
 
 def test_without_an_engine_it_says_so_in_words_and_ends_with_1(tmp_path: Path) -> None:
