@@ -74,7 +74,7 @@ def test_the_least_roles_make_tables_settle_and_look_up(node: Node, tmp_path: Pa
     _nothing_said(tmp_path)
 
 
-def test_a_role_that_may_only_read_halts_with_the_next_step_and_goes_on_once_it_may_write(
+def test_a_role_that_may_only_read_halts_with_the_next_step_and_settles_after_a_restart_with_rights(
     node: Node, tmp_path: Path
 ) -> None:
     with World(tmp_path, store=Login(node, tmp_path, "sidecar_schema").but()) as world:
@@ -89,6 +89,10 @@ def test_a_role_that_may_only_read_halts_with_the_next_step_and_goes_on_once_it_
         assert "schema/roles.cql" in halted["reason"]
         assert "rights" in halted["next_step"]
         assert world.verb("status", status=1)["taped"] == 50  # recording goes on
+        assert run.term() == 0
+    with World(tmp_path, store=Login(node, tmp_path).but(), settings=["stream.name=unwritten"]) as world:
+        run = world.start("run", log="again.log")
+        world.until_acked(50)
         assert run.term() == 0
     _nothing_said(tmp_path)
 
