@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import ssl
 import struct
@@ -64,6 +65,10 @@ FIRST_LOOKS_MAX: Final = 20
 FIRST_LOOK_EVERY_S: Final = 0.1
 
 _APPLY: Final = "run `sidecar schema apply`"
+# Reports about this process to a DataStax server: scylla-driver, which installs the same package, has none to turn off.
+_WITHOUT_REPORTS: Final[dict[str, Any]] = {
+    key: False for key in ("monitor_reporting_enabled",) if key in inspect.signature(Cluster.__init__).parameters
+}
 _CHECK_CA: Final = "check store.cassandra.tls_ca_file, and that the certificate names the contact point"
 _GRANT: Final = "schema/roles.cql grants what each role needs"
 
@@ -163,36 +168,22 @@ class _Wire:
         void.trace_id = None
         self._void = void
 
-    def encode_message(
-        self, message: Any, stream_id: int, protocol_version: int, compressor: Any, allow_beta_protocol_version: bool
-    ) -> bytes:
+    def encode_message(self, message: Any, stream_id: int, protocol_version: int, *more: Any, **named: Any) -> bytes:
         if type(message) is _EncodedBatch:
             body = message.body
             return self._HEADER.pack(protocol_version, 0, stream_id, message.opcode, len(body)) + body
-        encoded: bytes = self._handler.encode_message(
-            message, stream_id, protocol_version, compressor, allow_beta_protocol_version
-        )
+        encoded: bytes = self._handler.encode_message(message, stream_id, protocol_version, *more, **named)
         return encoded
 
-    def decode_message(
-        self,
-        protocol_version: int,
-        user_type_map: Any,
-        stream_id: int,
-        flags: int,
-        opcode: int,
-        body: bytes,
-        decompressor: Any,
-        result_metadata: Any,
-    ) -> Any:
+    def decode_message(self, *given: Any) -> Any:
+        """Decode; what stands before the flags (scylla-driver has one thing more there) is the driver's own."""
+        *before, flags, opcode, body, decompressor, result_metadata = given
         if flags & self._WARNING:
             body = self._after_warnings(body)
             flags &= ~self._WARNING
         if not flags and opcode == self._RESULT and body == self._VOID_BODY:
             return self._void  # the answer to every write: one value will do for all
-        return self._handler.decode_message(
-            protocol_version, user_type_map, stream_id, flags, opcode, body, decompressor, result_metadata
-        )
+        return self._handler.decode_message(*before, flags, opcode, body, decompressor, result_metadata)
 
     def _after_warnings(self, body: bytes) -> bytes:
         """Count the warnings at the head of a body, and give what comes after them."""
@@ -430,8 +421,8 @@ class CassandraStore(ProofRows):
             max_schema_agreement_wait=connect_s,
             idle_heartbeat_interval=HEARTBEAT_S,
             idle_heartbeat_timeout=HEARTBEAT_S,
-            monitor_reporting_enabled=False,
             connection_class=self._connection_class(),
+            **_WITHOUT_REPORTS,
         )
 
     def _connection_class(self) -> Any:
