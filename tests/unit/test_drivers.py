@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("cassandra")
 
-from sidecar.store.cassandra import _EncodedBatch, _Wire  # noqa: E402
+from sidecar.store.cassandra import _EncodedBatch, _Wire
 
 VOID = b"\x00\x00\x00\x01"
 RESULT, WARNING = 0x08, 0x08
