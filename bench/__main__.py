@@ -74,9 +74,9 @@ def _common(parser: argparse.ArgumentParser, stores: tuple[str, ...]) -> None:
     add(
         "--warm-up",
         type=float,
-        default=10.0,
+        default=30.0,
         metavar="S",
-        help="of the Cassandra node, before anything is measured (default 10)",
+        help="of the Cassandra node, before anything is measured (default 30)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sidecar; repeatable")
     add("--no-judge", action="store_false", dest="judge", help="don't compare the rows afterwards")

@@ -70,9 +70,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 
         gc.collect()
         gc.freeze()  # a look through the journal's events would be a pause of this process, not of the store
-        for _ in range(50):  # the first questions open connections and files
-            await exists()
-            await balance()
+        # The first questions open connections and files, and have the node compile what answers them.
+        for ask in (exists, balance):
+            await ask_steadily(ask, args.per_s * 10, args.warm_up)
         async with asyncio.TaskGroup() as tasks:
             kinds = {
                 name: tasks.create_task(ask_steadily(ask, args.per_s, args.seconds))
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--acked", type=int, required=True, help="ask about events up to this sequence")
     add("--per-s", type=float, required=True)
     add("--seconds", type=float, required=True)
+    add("--warm-up", type=float, default=1.0, help="seconds of each kind, ten times as often, that are not measured")
     add("--absent", type=float, default=0.2, help="share of the trades asked for that are not there")
     add("--seed", type=int, default=1)
     print(json.dumps(uvloop.run(measure(parser.parse_args(argv)))))

@@ -18,7 +18,7 @@ from bench.report import BenchError, Report
 from bench.world import ENVIRONMENT, ROOT, World
 
 SCRIPT = ROOT / "scripts" / "cassandra"
-WARM_UP_S = 10.0
+WARM_UP_S = 30.0
 
 
 class Spot:

@@ -81,7 +81,9 @@ def test_latency_counts_what_was_meant_to_be_sent_in_its_seconds(run: Callable[.
 
 
 def test_queries_are_all_answered_right(run: Callable[..., Ran]) -> None:
-    ran = run("queries", "--rate", "300", "--per-s", "50", "--seconds", "1", "--ramp", "0.5", *SMALL)
+    ran = run(
+        "queries", "--rate", "300", "--per-s", "50", "--seconds", "1", "--ask-first", "0.2", "--ramp", "0.5", *SMALL
+    )
     assert ran.status == 0, ran.errors
     assert (ran.figures["trade_exists"]["asked"], ran.figures["balance"]["asked"]) == (50, 50)
     assert ran.figures["wrong"] == 0
