@@ -79,7 +79,9 @@ async def _statements(world: World, lines: Lines, seed: int) -> None:
             made.close()
 
 
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize(
+    "under_test", ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])], indirect=True
+)
 def test_the_ledger_is_proved_beside_settlement(tmp_path: Path, under_test: StoreUnderTest, seed: int) -> None:
     settings = ["pipeline.durable_after_s=0.5", "reconcile.interval_s=0.5", "reconcile.rate_rows_s=0"]
     with World(

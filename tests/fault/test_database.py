@@ -203,6 +203,7 @@ def test_f29_node_back_with_a_cut_commit_log(world: World, fault: Fault, own_nod
     assert run.logged("start_over"), "memory is not trusted after an outage"
 
 
+@pytest.mark.long
 def test_f30_table_altered_or_dropped_beneath(world: World, fault: Fault, own_node: Node) -> None:
     """Columns are added under load, then a table is dropped; in the end all of them are gone and made anew, and the
     tape settles the whole stream again."""
@@ -258,6 +259,7 @@ def test_f31_two_sidecars_with_complete_tapes(tmp_path: Path, seed: int, fault: 
         assert [recorder.term() for recorder in recorders] == [0, 0]
 
 
+@pytest.mark.long
 def test_f35_driver_future_that_never_completes(tmp_path: Path, seed: int, fault: Fault, own_node: Node) -> None:
     """A tenth of the driver's futures stays without result, error, timeout: of connecting, reading, settling."""
     with _world(tmp_path, own_node, own_node.port, "store.cassandra.request_timeout_s=0.5") as world:
