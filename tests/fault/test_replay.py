@@ -105,6 +105,7 @@ def closed(
 
 
 def test_f01_late_join(tmp_path: Path, fault: Fault) -> None:
+    """The sidecar starts when the engine is 1,500 events on: it fetches what it missed while live frames come."""
     with Past(tmp_path) as world:
         world.publish("--count", "6000", "--wait-subscribers", "0", rate=2000)
         until(lambda: published(world) > 1500, "the engine is far on")
@@ -114,6 +115,7 @@ def test_f01_late_join(tmp_path: Path, fault: Fault) -> None:
 
 
 def test_f01_late_join_of_an_engine_that_has_fallen_silent(tmp_path: Path, fault: Fault) -> None:
+    """All was said before the sidecar started, and nothing more comes: it asks without being told of a hole."""
     with Past(tmp_path, "engine.silence_s=1.0") as world:
         world.publish("--count", "3000", "--wait-subscribers", "0")
         until(lambda: published(world) == 3000, "all is said")
@@ -126,6 +128,7 @@ def test_f01_late_join_of_an_engine_that_has_fallen_silent(tmp_path: Path, fault
 
 
 def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path: Path, fault: Fault) -> None:
+    """A new host with an empty tape beside a stream that is far on: what is durable is not asked for."""
     with Past(tmp_path, "pipeline.durable_after_s=0.5") as world:
         world.publish("--count", "4000", rate=1000)
         run = world.start("run")
@@ -139,6 +142,7 @@ def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path:
 
 
 def test_f03_burst_beyond_the_high_water_mark(tmp_path: Path, fault: Fault) -> None:
+    """30,000 frames at once against a mark of 200: what both sockets dropped is fetched."""
     with Past(tmp_path, "engine.receive_hwm_frames=200", "engine.receive_buffer_bytes=4096") as world:
         run = world.start("run")
         until(lambda: world.recorded().get("state"), "it records")
@@ -148,6 +152,7 @@ def test_f03_burst_beyond_the_high_water_mark(tmp_path: Path, fault: Fault) -> N
 
 
 def test_f04_last_frames_dropped(tmp_path: Path, fault: Fault) -> None:
+    """The last five frames never arrive; a heartbeat says that they were published."""
     with Past(tmp_path) as world:
         run = world.start("run")
         until(lambda: world.recorded().get("state"), "it records")
@@ -158,6 +163,7 @@ def test_f04_last_frames_dropped(tmp_path: Path, fault: Fault) -> None:
 
 
 def test_f10_reordered_frames(tmp_path: Path, fault: Fault) -> None:
+    """Neighbours change places, and some frames come 250 events later."""
     with Past(tmp_path) as world:
         run = world.start("run")
         swapped = [part for sequence in range(100, 2000, 50) for part in ("--swap", str(sequence))]
@@ -170,6 +176,7 @@ def test_f10_reordered_frames(tmp_path: Path, fault: Fault) -> None:
 
 @pytest.mark.parametrize("on_gap", ["halt", "record"])
 def test_f11_router_dead(tmp_path: Path, fault: Fault, on_gap: str) -> None:
+    """Nobody answers: the hole halts settlement, or waits, recording goes on; then the past is served."""
     with Past(tmp_path, f"stream.on_gap={on_gap}", "stream.gap_after_s=0.5") as world:
         run = world.start("run")
         world.publish("--count", "2000", "--withhold", "400", "--withhold", "401", served=False)
@@ -184,6 +191,7 @@ def test_f11_router_dead(tmp_path: Path, fault: Fault, on_gap: str) -> None:
 
 
 def test_f12_router_slow(tmp_path: Path, fault: Fault) -> None:
+    """Answers come after the time to wait for them, then `busy`, then slowly."""
     with Past(tmp_path, "stream.gap_after_s=30", timeout_s=0.3) as world:
         world.lie("slow 0.5")
         run = world.start("run")
@@ -205,6 +213,7 @@ LIES = (
 
 
 def test_f13_router_lies(tmp_path: Path, fault: Fault) -> None:
+    """Eleven lies one after the other, of session, range, size, type and content, while live frames come."""
     with Past(tmp_path, "stream.gap_after_s=60", "replay.retry_backoff_max_s=0.2", timeout_s=0.2) as world:
         world.lie("garbage")
         world.serve()
@@ -235,6 +244,7 @@ def test_f13_router_lies(tmp_path: Path, fault: Fault) -> None:
 
 @pytest.mark.parametrize("lie", ["wrong-range", "far-ahead"])
 def test_f13_router_lies_to_an_empty_tape(tmp_path: Path, fault: Fault, lie: str) -> None:
+    """A tape that knows nothing yet is lied to; nothing of it is kept."""
     with Past(tmp_path, timeout_s=0.2) as world:
         world.lie(lie)
         world.publish("--count", "2500", "--wait-subscribers", "0", "--session", "7")
@@ -248,6 +258,7 @@ def test_f13_router_lies_to_an_empty_tape(tmp_path: Path, fault: Fault, lie: str
 
 
 def test_f14_stale_answer(tmp_path: Path, fault: Fault) -> None:
+    """Answers to earlier questions come first, with forged frames in them."""
     with Past(tmp_path) as world:
         world.lie("stale")  # with forged frames: who takes them is found by the judge
         run = world.start("run")
@@ -258,6 +269,7 @@ def test_f14_stale_answer(tmp_path: Path, fault: Fault) -> None:
 
 
 def test_f15_history_gone_halts_until_it_is_accepted(tmp_path: Path, fault: Fault) -> None:
+    """The server keeps no more than the newer part of the hole: the rest is accepted by an operator."""
     with Past(tmp_path, "stream.gap_after_s=60") as world:
         world.lie("gone 501")
         run = world.start("run")
@@ -273,6 +285,7 @@ def test_f15_history_gone_halts_until_it_is_accepted(tmp_path: Path, fault: Faul
 
 
 def test_f15_history_gone_is_recorded_by_a_settler_in_a_process_of_its_own(tmp_path: Path, fault: Fault) -> None:
+    """The same with `on_gap = record`, which a settler in another process has to learn of."""
     with Past(tmp_path, "stream.on_gap=record", "stream.gap_after_s=1") as world:
         world.lie("gone 501")
         world.publish("--count", "2000", "--wait-subscribers", "0")
@@ -284,6 +297,7 @@ def test_f15_history_gone_is_recorded_by_a_settler_in_a_process_of_its_own(tmp_p
 
 
 def test_f32_two_sidecars_with_different_holes_fill_from_each_other(tmp_path: Path, fault: Fault) -> None:
+    """Each serves the other its tape: one missed the beginning, the other the middle."""
     one, other = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     with Past(tmp_path, "stream.gap_after_s=60") as world:
 

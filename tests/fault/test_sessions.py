@@ -94,6 +94,7 @@ def test_f05_engine_killed_and_back(tmp_path: Path, fault: Fault) -> None:
 def test_f06_engine_back_with_empty_journal(
     tmp_path: Path, fault: Fault, under_test: StoreUnderTest, keyed: bool
 ) -> None:
+    """It comes back without its journal and numbers other events from 1 on; an operator begins the next stream."""
     with World(
         tmp_path, source="generated", settings=QUICKLY_DURABLE, store=under_test.settings, judged=under_test.judged
     ) as world:
