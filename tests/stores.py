@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tests.cassandra_node import Node
 
 STORES = ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)]
+# For what does not depend on the store: Cassandra with --long.
+MOSTLY_SQLITE = ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])]
 
 
 class StoreUnderTest:

@@ -124,6 +124,7 @@ def test_soak_watches_a_steady_load(run: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.cassandra
+@pytest.mark.long
 def test_compare_measures_every_way_on_the_same_rows(run: Callable[..., Ran], cassandra_node: Node) -> None:
     ran = run(
         *("compare", "--port", str(cassandra_node.port), "--warm-up", "0", "--trades", "400", "--rounds", "1"),

@@ -14,7 +14,7 @@ import pytest
 
 from bench.judge import open_store
 from bench.world import ENVIRONMENT, World, until
-from tests.stores import STORES, StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 USERS = 3_000
 STREAM = "main/import"
@@ -37,7 +37,7 @@ def _journal(world: World, rows: list[tuple[int, int, int]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_an_import_that_is_killed_and_repeated_is_there_once(
     tmp_path: Path, under_test: StoreUnderTest, seed: int
 ) -> None:

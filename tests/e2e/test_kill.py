@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.world import Process, World, until
-from tests.stores import STORES, StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, STORES, StoreUnderTest
 
 KILLS = 12
 
@@ -76,7 +76,7 @@ def test_settler_killed_while_it_settles(tmp_path: Path, seed: int, under_test: 
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_run_killed_whole_while_the_engine_pauses(tmp_path: Path, seed: int, under_test: StoreUnderTest) -> None:
     chance = random.Random(seed)
     with World(

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from bench.world import ENVIRONMENT, World, until
-from tests.stores import STORES, StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 SETTINGS = ["pipeline.durable_after_s=0.5"]
 
@@ -45,7 +45,7 @@ def _until_late(world: World, number: int, stream: str = "main/late") -> None:
     until(there, f"{stream} {number}: {world.said('tape.db.late')}", 30)
 
 
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_a_gap_found_in_an_archive_and_rejected_events_made_valid(tmp_path: Path, under_test: StoreUnderTest) -> None:
     with World(
         tmp_path, source="generated", settings=SETTINGS, store=under_test.settings, judged=under_test.judged

@@ -17,7 +17,7 @@ import sidecar
 from bench.world import ENVIRONMENT, World, until
 from sidecar.proof.reconcile import Pace, Progress
 from sidecar.proof.statement import Span, state
-from tests.stores import STORES, StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 USERS = 50
 Lines = dict[tuple[int, int], list[tuple[int, int]]]  # (user, asset): sequence, delta
@@ -79,9 +79,7 @@ async def _statements(world: World, lines: Lines, seed: int) -> None:
             made.close()
 
 
-@pytest.mark.parametrize(
-    "under_test", ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])], indirect=True
-)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_the_ledger_is_proved_beside_settlement(tmp_path: Path, under_test: StoreUnderTest, seed: int) -> None:
     settings = ["pipeline.durable_after_s=0.5", "reconcile.interval_s=0.5", "reconcile.rate_rows_s=0"]
     with World(
@@ -148,7 +146,7 @@ def _usage(world: World) -> None:
     assert world.verb("reconcile", "--user", "1", status=0)["user_id"] == 1
 
 
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_a_wrong_row_is_mended_while_trades_go_on(tmp_path: Path, under_test: StoreUnderTest) -> None:
     """The settler is killed in between and takes the wrong row for true; nothing is lost of what comes after."""
     settings = ["pipeline.durable_after_s=1", "reconcile.interval_s=0"]

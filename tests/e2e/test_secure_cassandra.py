@@ -14,7 +14,7 @@ import pytest
 from bench.world import ROOT, World, until
 from tests.cassandra_node import Node
 
-pytestmark = [pytest.mark.cassandra, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cassandra, pytest.mark.long, pytest.mark.timeout(300)]
 
 PASSWORDS = {name: secrets.token_hex(12) for name in ("sidecar", "sidecar_schema", "sidecar_reader")}
 EVENTS = 1_000

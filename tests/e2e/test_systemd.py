@@ -149,6 +149,7 @@ def until_hole(said: dict[str, Any]) -> int:
     return holes[0][0] - 1 if holes else int(said["taped"])
 
 
+@pytest.mark.long
 def test_waiting_halted_and_paused_are_no_reason_to_restart(tmp_path: Path) -> None:
     with World(tmp_path) as world, Manager(tmp_path, command(world), watchdog_s=5) as manager:
 

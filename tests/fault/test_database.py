@@ -67,6 +67,7 @@ def _closes(world: World, fault: Fault, run: Process, engine: Process) -> None:
     assert run.term() == 0
 
 
+@pytest.mark.long
 def test_f23_database_away_at_start(tmp_path: Path, fault: Fault, own_node: Node) -> None:
     """The sidecar starts while nothing listens where the database should be; recording does not wait for it."""
     with Proxy(own_node.port) as proxy, _world(tmp_path, own_node, proxy.port) as world:
@@ -129,6 +130,7 @@ def test_f25_database_paused(world: World, fault: Fault, own_node: Node) -> None
     assert run.logged("start_over"), "memory is not trusted after an outage"
 
 
+@pytest.mark.long
 def test_f26_database_killed_after_it_received_before_it_answered(tmp_path: Path, fault: Fault, own_node: Node) -> None:
     """Batches reach the node, their answers don't leave the proxy; then the node is killed."""
     with Proxy(own_node.port) as proxy, _world(tmp_path, own_node, proxy.port) as world:
@@ -144,6 +146,7 @@ def test_f26_database_killed_after_it_received_before_it_answered(tmp_path: Path
         assert run.logged("batch_outcome_unknown")
 
 
+@pytest.mark.long
 def test_f27_answers_dropped(tmp_path: Path, seed: int, fault: Fault, own_node: Node) -> None:
     """Every third answer to a statement, then every one, is lost on its way though the node has done what was asked."""
     chance = random.Random(seed)

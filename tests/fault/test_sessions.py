@@ -17,7 +17,7 @@ import pytest
 
 from bench.world import ROOT, Process, World, until
 from tests.fault.kit import Fault, lost_and_doubled
-from tests.stores import STORES, StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 QUICKLY_DURABLE = ["pipeline.durable_after_s=0.5"]
 
@@ -89,7 +89,7 @@ def test_f05_engine_killed_and_back(tmp_path: Path, fault: Fault) -> None:
         _closes(fault, world, run, stood, [])
 
 
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 @pytest.mark.parametrize("keyed", [False, True], ids=["without the key", "with the key"])
 def test_f06_engine_back_with_empty_journal(
     tmp_path: Path, fault: Fault, under_test: StoreUnderTest, keyed: bool

@@ -98,13 +98,13 @@ class Tape:
     """What one host has heard; also its own reader, and the path the settler knows it by."""
 
     def __init__(self) -> None:
-        self.frames: dict[int, Event] = {}
+        self.heard: dict[int, Event] = {}
         self.newest = 0
         self.settled: dict[str, Any] | None = None  # what stands in `<tape>.settled`
         self._moved = asyncio.Event()
 
     def put(self, spec: Spec) -> None:
-        self.frames[spec.sequence] = as_event(spec)
+        self.heard[spec.sequence] = as_event(spec)
         self.newest = max(self.newest, spec.sequence)
         self._moved.set()
 
@@ -124,21 +124,24 @@ class Tape:
 
     def runs(self, _session: int) -> Runs:
         runs = Runs([])
-        for sequence in self.frames:
+        for sequence in self.heard:
             runs.add(sequence)
         return runs
 
     def sessions(self) -> list[Session]:
-        return [Session(1, None, 0, "first", 0, 0)] if self.frames else []
+        return [Session(1, None, 0, "first", 0, 0)] if self.heard else []
 
     def read(self, _session: int, after: int, events_max: int) -> list[Event]:
-        frames, events = self.frames, list[Event]()
+        frames, events = self.heard, list[Event]()
         while len(events) < events_max and (event := frames.get(after + 1 + len(events))) is not None:
             events.append(event)
         return events
 
+    def frames(self, *_: int) -> list[tuple[int, int, bytes]]:
+        return []  # what latency is sampled from: no part of the model
+
     def look(self, _session: int, after: int) -> Look:
-        last = next((seq - 1 for seq in range(after + 1, self.newest + 1) if seq in self.frames), None)
+        last = next((seq - 1 for seq in range(after + 1, self.newest + 1) if seq in self.heard), None)
         return Look((after + 1, last) if last is not None and last > after else None, None)
 
     async def moved(self, timeout_s: float) -> None:
@@ -496,7 +499,7 @@ class History:
         """Fill the holes that nobody has given up."""
         self._holes_left = False
         for host in self.hosts:
-            for sequence in sorted(set(self._holes) - self._said().gaps - host.tape.frames.keys()):
+            for sequence in sorted(set(self._holes) - self._said().gaps - host.tape.heard.keys()):
                 host.tape.put(self.specs[sequence - 1])
 
     def _all_know_of_the_gaps(self) -> bool:
