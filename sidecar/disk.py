@@ -1,4 +1,4 @@
-"""What everything that lives in an SQLite file needs: a thread for its slow calls, and inserts in few steps.
+"""What everything that lives in an SQLite file needs: a thread for its slow calls, transactions, inserts in few steps.
 
 A hop to another thread and back is most of what a trade costs when it comes alone (the work itself is a tenth of it),
 so the hop is made of little: a queue written in C, and one wake-up of the loop with the answer.
@@ -11,7 +11,7 @@ import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -63,6 +63,19 @@ def _tell(answer: asyncio.Future[Any], result: Any, failed: BaseException | None
         answer.set_result(result)
     else:
         answer.set_exception(failed)
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All that is done in here is committed together, or nothing of it: any error rolls it back, and goes on."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
 
 
 def insert_rows(db: sqlite3.Connection, head: str, columns: int, rows: list[Any], foot: str = "") -> None:

@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple
 
 from sidecar import decisions, wire
 from sidecar.decisions import Agreed, DecisionRefusedError
+from sidecar.disk import transaction
 from sidecar.errors import Halt, MalformedFrameError, TapeError, TapeMissingError
 from sidecar.events import I63_MAX, Decision, Event, Heartbeat, LedgerEvent, Refused, Trade
 from sidecar.store.base import Store
@@ -190,29 +191,28 @@ class LateTape:
         db, now_us = self._db, time.time_ns() // 1000
         numbers: dict[int, int] = {}
         try:
-            db.execute("BEGIN IMMEDIATE")
-            session = dict(_late_streams(db)).get(stream)
-            if session is None:
-                session = int(db.execute("SELECT ifnull(max(session), 0) + 1 FROM late_streams").fetchone()[0])
-                db.execute("INSERT INTO late_streams VALUES (?, ?)", (session, stream))
-                db.execute("INSERT INTO sessions VALUES (?, NULL, ?, ?, 0, 0)", (session, now_us, f"stream {stream}"))
-            query = "SELECT ifnull(max(output_sequence), 0) FROM frames WHERE session = ?"
-            number = last = int(db.execute(query, (session,)).fetchone()[0])
-            for event, symbol in events:
-                number += 1
-                payload = event.payload
-                frame = (session, number, now_us, checksum(session, number, payload), payload)
-                db.execute("INSERT INTO frames VALUES (?, ?, ?, ?, ?)", frame)
-                trade_id = event.trade_id if isinstance(event, Trade) else None
-                origin = (session, event.output_sequence, number, symbol, trade_id)
-                db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?, ?, ?)", origin)
-                numbers[event.output_sequence] = number
-            if number > last:
-                db.execute("INSERT OR REPLACE INTO runs VALUES (?, 1, ?)", (session, number))
-            db.execute("COMMIT")
+            with transaction(db):
+                session = dict(_late_streams(db)).get(stream)
+                if session is None:
+                    session = int(db.execute("SELECT ifnull(max(session), 0) + 1 FROM late_streams").fetchone()[0])
+                    db.execute("INSERT INTO late_streams VALUES (?, ?)", (session, stream))
+                    db.execute(
+                        "INSERT INTO sessions VALUES (?, NULL, ?, ?, 0, 0)", (session, now_us, f"stream {stream}")
+                    )
+                query = "SELECT ifnull(max(output_sequence), 0) FROM frames WHERE session = ?"
+                number = last = int(db.execute(query, (session,)).fetchone()[0])
+                for event, symbol in events:
+                    number += 1
+                    payload = event.payload
+                    frame = (session, number, now_us, checksum(session, number, payload), payload)
+                    db.execute("INSERT INTO frames VALUES (?, ?, ?, ?, ?)", frame)
+                    trade_id = event.trade_id if isinstance(event, Trade) else None
+                    origin = (session, event.output_sequence, number, symbol, trade_id)
+                    db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?, ?, ?)", origin)
+                    numbers[event.output_sequence] = number
+                if number > last:
+                    db.execute("INSERT OR REPLACE INTO runs VALUES (?, 1, ?)", (session, number))
         except sqlite3.Error as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
             raise TapeError(f"{self.path}: {error}; nothing of this piece was posted, say it again") from error
         return numbers
 

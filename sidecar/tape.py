@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sidecar import wire
-from sidecar.disk import DiskThread, insert_rows
+from sidecar.disk import DiskThread, insert_rows, transaction
 from sidecar.errors import (
     AnswerRefusedError,
     TapeDamagedError,
@@ -466,26 +466,23 @@ class Tape:
                     f"{self.path} holds {used} bytes, tape.size_bytes_max is {self._size_bytes_max}; recording stands"
                     " still until what is durable is deleted (tape.retention_s) or the bound is raised"
                 )
-            db.execute("BEGIN IMMEDIATE")
-            if turn.sessions or turn.keyed or turn.announced:
-                self._write_sessions(turn)
-            for session, runs in turn.runs.items():
-                _write_runs(db, session, self._runs_on_disk.get(session, {}), runs)
-            insert_rows(db, "INSERT INTO frames VALUES ", 5, turn.frames)
-            if turn.malformed:
-                db.executemany(
-                    "INSERT INTO malformed (recorded_at_us, reason, frames) VALUES (?, ?, ?)", turn.malformed
-                )
-                db.execute(
-                    "DELETE FROM malformed WHERE number <= (SELECT max(number) FROM malformed) - ?",
-                    (self._malformed_kept_max,),
-                )
-                db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(turn.counts.items()))
-            db.execute("COMMIT")
+            with transaction(db):
+                if turn.sessions or turn.keyed or turn.announced:
+                    self._write_sessions(turn)
+                for session, runs in turn.runs.items():
+                    _write_runs(db, session, self._runs_on_disk.get(session, {}), runs)
+                insert_rows(db, "INSERT INTO frames VALUES ", 5, turn.frames)
+                if turn.malformed:
+                    db.executemany(
+                        "INSERT INTO malformed (recorded_at_us, reason, frames) VALUES (?, ?, ?)", turn.malformed
+                    )
+                    db.execute(
+                        "DELETE FROM malformed WHERE number <= (SELECT max(number) FROM malformed) - ?",
+                        (self._malformed_kept_max,),
+                    )
+                    db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(turn.counts.items()))
             self._runs_on_disk.update(turn.runs)
         except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
             code = getattr(error, "sqlite_errorcode", None)
             if code in _NO_SPACE:
                 raise TapeFullError(f"the disk of {self.path} is full ({error}); recording stands still") from error
@@ -525,13 +522,10 @@ class Tape:
                 pruned_to, count = sequence, count + 1
             if not count:
                 return 0, 0
-            db.execute("BEGIN IMMEDIATE")
-            db.execute("DELETE FROM frames WHERE session = ? AND output_sequence <= ?", (session, pruned_to))
-            db.execute("UPDATE sessions SET pruned_to = ? WHERE session = ?", (pruned_to, session))
-            db.execute("COMMIT")
+            with transaction(db):
+                db.execute("DELETE FROM frames WHERE session = ? AND output_sequence <= ?", (session, pruned_to))
+                db.execute("UPDATE sessions SET pruned_to = ? WHERE session = ?", (pruned_to, session))
         except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
             if getattr(error, "sqlite_errorcode", None) in _NO_SPACE:  # a full disk refuses deletes too
                 return 0, 0
             raise TapeError(f"{self.path}: {error}") from error

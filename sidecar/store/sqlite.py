@@ -10,7 +10,6 @@ After a crash the file holds every acknowledged transaction, whole; one that was
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch, Row
-from sidecar.disk import DiskThread, insert_rows
+from sidecar.disk import DiskThread, insert_rows, transaction
 from sidecar.errors import OutcomeUnknownError, StartOver, StoreRefusedError
 from sidecar.events import I63_MAX, AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store.base import (
@@ -261,8 +260,7 @@ class SQLiteStore(Store):
                 if place not in balances or balances[place][5] < row[5]:
                     balances[place] = row
         db = self._db
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(db):
             for stream, read in {(batch.stream, batch.decisions_read) for batch in batches}:
                 query = "SELECT count(*) FROM stream_decisions WHERE stream = ?"
                 if db.execute(query, (stream,)).fetchone()[0] > read:
@@ -272,11 +270,6 @@ class SQLiteStore(Store):
             insert_rows(db, _LEDGER_HEAD, len(LEDGER_COLUMNS), ledger_events)
             insert_rows(db, _REJECTED_HEAD, len(REJECTED_COLUMNS), rejected, _REJECTED_FOOT)
             insert_rows(db, _BALANCES_HEAD, len(BALANCE_COLUMNS), list(balances.values()), _BALANCES_FOOT)
-            db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-            raise
 
     def _trades_head(self, symbol: str) -> str:
         head = self._trades_heads.get(symbol)
@@ -466,19 +459,13 @@ class SQLiteStore(Store):
 
     def _repair(self, stream: str, rows: list[Balance], absent: list[AccountKey], decision: Decision | None) -> bool:
         db, places = self._db, ", ".join("?" * len(BALANCE_COLUMNS))
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            taken = decision is not None and not self._append_decision(decision)
-            if not taken:
-                db.executemany(f"INSERT OR REPLACE INTO user_balances VALUES ({places})", rows)
-                delete = "DELETE FROM user_balances WHERE user_id = ? AND asset_id = ? AND stream = ?"
-                db.executemany(delete, [(*key, stream) for key in absent])
-            db.execute("ROLLBACK" if taken else "COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-            raise
-        return not taken
+        with transaction(db):
+            if decision is not None and not self._append_decision(decision):
+                return False
+            db.executemany(f"INSERT OR REPLACE INTO user_balances VALUES ({places})", rows)
+            delete = "DELETE FROM user_balances WHERE user_id = ? AND asset_id = ? AND stream = ?"
+            db.executemany(delete, [(*key, stream) for key in absent])
+        return True
 
     async def save_run(self, run: ProofRun) -> None:
         """Write a run's row."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import threading
 
 import pytest
 
-from sidecar.disk import DiskThread, insert_rows
+from sidecar.disk import DiskThread, insert_rows, transaction
 
 
 def test_work_is_done_in_order_on_one_other_thread() -> None:
@@ -79,3 +80,22 @@ def test_all_rows_are_inserted_however_many(rows: int) -> None:
     db.execute("CREATE TABLE t (a, b)")
     insert_rows(db, "INSERT INTO t VALUES ", 2, [(n, -n) for n in range(rows)])
     assert db.execute("SELECT * FROM t").fetchall() == [(n, -n) for n in range(rows)]
+
+
+@pytest.mark.parametrize("errors", [[sqlite3.IntegrityError], [KeyboardInterrupt], []])
+def test_a_transaction_is_whole_or_not_at_all(errors: list[type[BaseException]]) -> None:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    db.execute("CREATE TABLE t (a)")
+    with contextlib.suppress(*errors), transaction(db):
+        db.execute("INSERT INTO t VALUES (1)")
+        for error in errors:
+            raise error
+    assert not db.in_transaction
+    assert db.execute("SELECT count(*) FROM t").fetchone() == (int(not errors),)
+
+
+def test_an_error_of_a_transaction_goes_on() -> None:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    with pytest.raises(sqlite3.OperationalError, match="no such table"), transaction(db):
+        db.execute("INSERT INTO t VALUES (1)")
+    assert not db.in_transaction
