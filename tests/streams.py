@@ -39,6 +39,19 @@ RULES: dict[str, Any] = {
     "revenue_user_id": REVENUE,
 }
 SYMBOLS = Symbols(RULES)
+# A configuration's rules, as TOML; the last table is open, for further keys of the symbol.
+RULES_TOML = """
+[assets.btc]
+id = 1
+decimals = 8
+[assets.usdt]
+id = 2
+decimals = 8
+[symbols.btc_usdt]
+base = "btc"
+quote = "usdt"
+price_decimals = 2
+"""
 
 
 def trade_fields(sequence: int = 1, **other: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sidecar.events import Account, Balance, Decision, State
 from sidecar.service import Settlement
 from sidecar.store.base import Store
 from tests.cassandra_node import Node
-from tests.streams import trade_fields
+from tests.streams import RULES_TOML, trade_fields
 
 if TYPE_CHECKING:
     from sidecar.store.cassandra import CassandraStore
@@ -462,24 +462,17 @@ def test_an_entry_that_got_there_without_an_answer_is_ours(cassandra_node: Node,
 
 # --- one trade, whole ---
 
-CONFIG = """
+CONFIG = (
+    """
 [store]
 backend = "cassandra"
 [store.cassandra]
 port = {port}
 keyspace = "{keyspace}"
-[assets.btc]
-id = 1
-decimals = 8
-[assets.usdt]
-id = 2
-decimals = 8
-[symbols.btc_usdt]
-base = "btc"
-quote = "usdt"
-price_decimals = 2
-quote_amount = "raw"
 """
+    + RULES_TOML
+    + 'quote_amount = "raw"\n'
+)
 
 
 def test_atomic_settlement(cassandra_node: Node, tmp_path: Any) -> None:

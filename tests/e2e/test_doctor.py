@@ -22,29 +22,16 @@ from sidecar import trust
 from sidecar.cli import doctor
 from sidecar.cli.doctor import FINE, NOTE, WRONG, Finding
 from sidecar.config import Config, parse
-from tests.streams import pack, trade_fields
-
-RULES = """
-[assets.btc]
-id = 1
-decimals = 8
-[assets.usdt]
-id = 2
-decimals = 8
-[symbols.btc_usdt]
-base = "btc"
-quote = "usdt"
-price_decimals = 2
-"""
+from tests.streams import RULES_TOML, pack, trade_fields
 
 
 def examined(folder: Path, *settings: str, listen_s: float = 0.3) -> dict[str, list[Finding]]:
     """All findings, by what was looked at."""
     path = folder / "sidecar.toml"
-    path.write_text(RULES)
+    path.write_text(RULES_TOML)
     given = [f"tape.path={folder / 'tape.db'}", f"store.sqlite.path={folder / 'settlement.db'}", *settings]
     found: dict[str, list[Finding]] = {}
-    for finding in doctor.examine(parse(RULES, given), path, listen_s):
+    for finding in doctor.examine(parse(RULES_TOML, given), path, listen_s):
         found.setdefault(finding.check, []).append(finding)
         assert bool(finding.next_step) == (finding.verdict != FINE), finding
     return found
@@ -186,9 +173,9 @@ def test_files_of_somebody_else_and_open_secrets_are_wrong(tmp_path: Path) -> No
 
 def test_a_configuration_that_everybody_may_write_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "open.toml"
-    path.write_text(RULES)
+    path.write_text(RULES_TOML)
     path.chmod(0o666)
-    config = parse(RULES, [f"tape.path={tmp_path / 'tape.db'}", "engine.endpoint=tcp://127.0.0.1:1"])
+    config = parse(RULES_TOML, [f"tape.path={tmp_path / 'tape.db'}", "engine.endpoint=tcp://127.0.0.1:1"])
     assert next(doctor.examine(config, path, 0.1)).verdict == WRONG
 
 
@@ -197,7 +184,7 @@ def test_a_disk_in_memory_or_without_room_is_wrong(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(doctor, "_file_system", lambda folder: kind)
         room = os.statvfs_result((4096, 4096, 0, 0, free_bytes // 4096, 0, 0, 0, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda path: room)
-        config = parse(RULES, [f"tape.path={tmp_path / 'tape.db'}", "tape.size_bytes_max=10_000_000_000"])
+        config = parse(RULES_TOML, [f"tape.path={tmp_path / 'tape.db'}", "tape.size_bytes_max=10_000_000_000"])
         return [finding.verdict for finding in doctor._disk(config) if "safe after" not in finding.found]
 
     assert disk("ext4", 20_000_000_000) == [FINE]
@@ -213,7 +200,7 @@ def test_a_mount_is_told_from_the_folder_above_it() -> None:
 
 
 def test_limits_and_high_water_marks_that_are_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(RULES, ["tape.path=/none/tape.db"])
+    config = parse(RULES_TOML, ["tape.path=/none/tape.db"])
     monkeypatch.setattr(resource, "prlimit", lambda pid, number: (512, 512))
     limits = doctor._limits(config)
     assert limits.verdict == WRONG
@@ -250,7 +237,7 @@ def ids(first: int, step: int, count: int = 200) -> list[bytes]:
 def test_the_page_width_is_judged_by_the_ids_that_were_seen(
     settings: list[str], seen: list[bytes], verdict: str, said: str
 ) -> None:
-    config: Config = parse(RULES, settings)
+    config: Config = parse(RULES_TOML, settings)
     (finding,) = doctor._pages(config, seen)
     assert finding.verdict == verdict, finding
     assert said in finding.found

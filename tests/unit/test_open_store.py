@@ -10,25 +10,19 @@ import pytest
 from sidecar.config import Config, ConfigError, load
 from sidecar.errors import SidecarError
 from sidecar.service import open_store
+from tests.streams import RULES_TOML
 
-CONFIG = """
+CONFIG = (
+    """
 [store]
 backend = "{backend}"
 [store.cassandra]
 keyspace = "elsewhere"
 {more}
-[assets.btc]
-id = 1
-decimals = 8
-[assets.usdt]
-id = 2
-decimals = 8
-[symbols.btc_usdt]
-base = "btc"
-quote = "usdt"
-price_decimals = 2
-page_width = 77
 """
+    + RULES_TOML
+    + "page_width = 77\n"
+)
 
 
 def config(folder: Path, backend: str, more: str = "") -> Config:

@@ -19,20 +19,7 @@ from sidecar.store.sqlite import SQLiteStore
 from sidecar.tape import Tape, lock, paused_path
 from sidecar.watch import Sample, Watch, span
 from sidecar.wire import decode
-from tests.streams import pack, trade_fields
-
-RULES = """
-[assets.btc]
-id = 1
-decimals = 8
-[assets.usdt]
-id = 2
-decimals = 8
-[symbols.btc_usdt]
-base = "btc"
-quote = "usdt"
-price_decimals = 2
-"""
+from tests.streams import RULES_TOML, pack, trade_fields
 
 
 def counts(**at: int) -> tuple[int, ...]:
@@ -77,7 +64,7 @@ def test_the_last_minutes_are_cut_from_the_newest_look_back() -> None:
 def settled(folder: Path, story: Callable[[Watch, Settler, Tape], Coroutine[Any, Any, None]], *settings: str) -> None:
     """Run a story beside a settler that settles ten thousand and ten events, three of them rejected."""
     given = [f"tape.path={folder / 'tape.db'}", f"store.sqlite.path={folder / 'settlement.db'}", *settings]
-    config: Config = parse(RULES, given)
+    config: Config = parse(RULES_TOML, given)
 
     async def run() -> None:
         tape = Tape(config.tape.path, size_bytes_max=1 << 30)
