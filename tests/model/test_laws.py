@@ -23,6 +23,7 @@ from sidecar.settle import Settler
 from sidecar.store.sqlite import SQLiteStore
 from sidecar.tape import Tape
 from tests.streams import BTC, ETH, REVENUE, RULES, USDT, event, ledger_fields, trade_fields
+from tests.waiting import until
 
 WIDTHS = {name: rule["page_width"] for name, rule in RULES["symbols"].items()}
 TABLES = ("settled_trades_btc_usdt", "settled_trades_eth_usdt", "user_balances", "ledger_events", "rejected_events")
@@ -91,8 +92,7 @@ def a_settler(
 
 
 async def settled_to(settler: Settler, sequence: int) -> None:
-    while settler.life is None or settler.life.pipeline.acked.sequence < sequence:  # noqa: ASYNC110 - it tells nobody
-        await asyncio.sleep(0.002)
+    await until(lambda: settler.life is not None and settler.life.pipeline.acked.sequence >= sequence)
 
 
 async def finish(settler: Settler, sequence: int, timeout_s: float = 20.0) -> None:
@@ -234,9 +234,7 @@ def test_a_settler_that_starts_again_over_its_own_tape_has_nothing_to_compare(tm
         await tape.commit(tape.take_turn())
         first = a_settler(SQLiteStore(tmp_path / "rows.db", WIDTHS), tape)
         running = asyncio.ensure_future(first.run())
-        async with asyncio.timeout(10):
-            while first.life is None or first.life.durable.sequence < 5:  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.005)
+        await until(lambda: first.said()["durable"] >= 5)
         first.stop()
         await running
         await first.store.close()
@@ -269,30 +267,26 @@ def test_a_stream_that_has_ended_is_not_left_before_all_of_it_is_durable(tmp_pat
         store = Away(tmp_path / "rows.db", WIDTHS)
         settler = a_settler(store, tape)
         running = asyncio.ensure_future(settler.run())
-        async with asyncio.timeout(20):
-            while settler.said()["halted"] is None:  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.002)
-            assert settler.said()["halted"]["code"] == "SESSION_CHANGED"
-            await decisions.begin_next(
-                store,
-                "main",
-                "second",
-                ends_at=2,
-                first_sequence=1,
-                session=2,
-                engine_session=None,
-                tape_id=settler.said()["tape_id"],
-                now_us=1,
-            )
-            while settler.said()["halted"] is not None:  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
-            await settled_to(settler, 2)
-            await asyncio.sleep(0.2)  # ten times what makes acknowledged events durable
-            assert (settler.said()["stream"], settler.said()["durable"]) == ("main", 0)
-            store.back_since = asyncio.get_running_loop().time()
-            while settler.said()["stream"] == "main":  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
-            await settled_to(settler, 1)
+        await until(lambda: settler.said()["halted"] is not None)
+        assert settler.said()["halted"]["code"] == "SESSION_CHANGED"
+        await decisions.begin_next(
+            store,
+            "main",
+            "second",
+            ends_at=2,
+            first_sequence=1,
+            session=2,
+            engine_session=None,
+            tape_id=settler.said()["tape_id"],
+            now_us=1,
+        )
+        await until(lambda: settler.said()["halted"] is None)
+        await settled_to(settler, 2)
+        await asyncio.sleep(0.2)  # ten times what makes acknowledged events durable
+        assert (settler.said()["stream"], settler.said()["durable"]) == ("main", 0)
+        store.back_since = asyncio.get_running_loop().time()
+        await until(lambda: settler.said()["stream"] != "main")
+        await settled_to(settler, 1)
         said = settler.said()
         assert (said["stream"], said["session"]) == ("second", 2)
         assert said["streams"]["main"]["deletable"] in (0, 2)
@@ -318,8 +312,7 @@ def test_what_lies_beyond_the_end_of_a_stream_is_not_settled_on_it_by_whoever_ha
         settler = a_settler(store, tape)
         running = asyncio.ensure_future(settler.run())
         async with asyncio.timeout(20):
-            while settler.said()["stream"] == "main":  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.002)
+            await until(lambda: settler.said()["stream"] != "main")
             await settled_to(settler, 1)
         assert settler.said()["session"] == 2  # found on this host's own tape
         settler.stop()
@@ -357,9 +350,7 @@ def test_what_is_recorded_while_another_tapes_part_is_compared_is_compared_befor
         await first.commit(first.take_turn())
         settler = a_settler(SQLiteStore(tmp_path / "rows.db", WIDTHS), first)
         running = asyncio.ensure_future(settler.run())
-        async with asyncio.timeout(20):
-            while settler.said()["durable"] < 10:  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.002)
+        await until(lambda: settler.said()["durable"] >= 10)
         settler.stop()
         await running
         await settler.store.close()
@@ -376,9 +367,7 @@ def test_what_is_recorded_while_another_tapes_part_is_compared_is_compared_befor
 
         settler = a_settler(Listening(tmp_path / "rows.db", hear), tape)
         running = asyncio.ensure_future(settler.run())
-        async with asyncio.timeout(20):
-            while settler.said()["halted"] is None and settler.said()["acked"] < 11:  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+        await until(lambda: settler.said()["halted"] is not None or settler.said()["acked"] >= 11)
         said = settler.said()
         assert said["halted"] is not None
         assert (said["halted"]["code"], said["acked"], said["deletable"]) == ("SESSION_CHANGED", 10, 0)

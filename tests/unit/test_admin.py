@@ -21,6 +21,7 @@ from sidecar.admin import CONNECTIONS_MAX, HEAD_BYTES_MAX, Admin
 from sidecar.record import Recorder
 from sidecar.tape import Tape
 from sidecar.watch import Watch
+from tests.waiting import until
 
 TOKEN = "a-token-of-24-characters"
 
@@ -29,12 +30,6 @@ class Reply(NamedTuple):
     status: int
     headers: dict[str, str]
     body: str
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not what():  # noqa: ASYNC110 - it tells nobody
-            await asyncio.sleep(0.002)
 
 
 @contextlib.asynccontextmanager

@@ -12,6 +12,7 @@ import uvloop
 import zmq
 
 from sidecar.feed import Feed
+from tests.waiting import until
 
 Turns = list[list[list[bytes]]]
 
@@ -28,9 +29,7 @@ class Publisher:
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def subscribed(self) -> bytes:
-        async with asyncio.timeout(10):
-            while not self.socket.poll(0):  # noqa: ASYNC110 - a socket tells nobody
-                await asyncio.sleep(0.005)
+        await until(lambda: self.socket.poll(0))
         return self.socket.recv()
 
     def send(self, *payloads: bytes, topic: bytes = b"settlement") -> None:
@@ -57,12 +56,6 @@ async def feeding(endpoint: str, on_turn: Callable[[list[list[bytes]]], None], *
         yield feed
     finally:
         feed.close()
-
-
-async def until(what: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not what():  # noqa: ASYNC110 - whatever it is, it tells nobody
-            await asyncio.sleep(0.005)
 
 
 def payloads(turns: Turns) -> list[bytes]:

@@ -26,6 +26,7 @@ from sidecar.tape import Tape, TapeReader, lock, write_settled
 from tests.model import virtual_time
 from tests.streams import event as event_of
 from tests.streams import pack, trade, trade_fields
+from tests.waiting import until
 
 FIRST_ID = 100
 
@@ -421,9 +422,7 @@ def test_a_server_that_can_not_be_reached_at_all_does_not_end_the_recorder(tmp_p
             frame_bytes_max=8_192,
         )  # fmt: skip
         running = asyncio.create_task(filling.run(put_on(tape)))
-        async with asyncio.timeout(20):
-            while filling.failures < 3 and not running.done():  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.01)
+        await until(lambda: filling.failures >= 3 or running.done())
         assert not running.done(), running
         assert (filling.state, endpoint in str(filling.last_error)) == ("silent", True)
         running.cancel()
@@ -719,9 +718,7 @@ def test_two_tapes_with_different_holes_fill_each_other(tmp_path: Path, seed: in
             frame_bytes_max=8_192,
         )
         running = asyncio.create_task(filling.run(put_on(tape)))
-        async with asyncio.timeout(20):
-            while filling.state != ("unfilled" if both else "idle"):  # noqa: ASYNC110 - it tells nobody
-                await asyncio.sleep(0.01)
+        await until(lambda: filling.state == ("unfilled" if both else "idle"))
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await tape.commit(tape.take_turn())
