@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
 from operator import itemgetter
 from typing import Any, Final
 
@@ -108,22 +109,24 @@ class BatchEncoder:
         self._balances_id = balances_id
         self._ledger_id = ledger_id
         self._rejected_id = rejected_id
-        self._trade_plans: dict[tuple[str, str], dict[tuple[int, ...], _Plan]] = {}
+        self._trade_plans: dict[tuple[str, str], dict[tuple[bool, ...], _Plan]] = {}
         self._balance_plans: dict[str, _Plan] = {}
 
     def encode(self, batch: Batch) -> bytes:
         """Give the message's body. All symbols of the batch must be in `trade_ids`."""
         stream = batch.stream
+        fee, other_fee, ts_us, origin = _OPTIONAL_AT
         rows: list[bytes] = [b""]  # the head comes here: it needs to know how many there are
         for symbol, trades in batch.trades.items():
             plans = self._trade_plans.get((symbol, stream))
             if plans is None:
                 plans = self._trade_plans[symbol, stream] = {}
             for row in trades:
-                absent = tuple([place for place in _OPTIONAL_AT if row[place] is None])
+                absent = row[fee] is None, row[other_fee] is None, row[ts_us] is None, row[origin] is None
                 plan = plans.get(absent)
                 if plan is None:
-                    plan = plans[absent] = self._trade_plan(symbol, stream, absent)
+                    places = tuple(compress(_OPTIONAL_AT, absent))
+                    plan = plans[absent] = self._trade_plan(symbol, stream, places)
                 rows.append(plan.encode(row))
         if batch.ledger_events:
             rows += [_encode_plainly(self._ledger_id, _LEDGER_TYPES, row) for row in batch.ledger_events]
