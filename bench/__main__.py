@@ -18,6 +18,7 @@ VERBS = {
     "latency": "latency",
     "queries": "queries",
     "growth": "growth",
+    "sweep": "sweep",
     "profile": "stages",
     "soak": "soak",
 }  # verb: its room
@@ -29,6 +30,7 @@ examples:
   scripts/bench flat                                   how fast, on the embedded store
   scripts/bench flat --store cassandra                 and into a real Cassandra
   scripts/bench latency --store cassandra --rate 1000  how long an event takes
+  scripts/bench sweep --tables shipped,ucs,zstd        settings side by side
 
 Everything is measured with real processes, sockets and databases, in fresh tables, and judged afterwards: each row and
 balance against the engine's journal, by code that shares nothing with the sidecar. A figure belongs to its machine:

@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,12 @@ Place = SqlitePlace | CassandraPlace
 
 
 @contextmanager
-def place(name: str, port: int | None, folder: Path, report: Report, warm_up_s: float = WARM_UP_S) -> Iterator[Place]:
+def place(
+    name: str, port: int | None, folder: Path, report: Report, warm_up_s: float = WARM_UP_S, jvm: Sequence[str] = ()
+) -> Iterator[Place]:
     """Give the store that is asked for; a Cassandra node is started, warmed up and wiped at the end.
 
-    With `port` a running node on 127.0.0.1 is used, and left as it was.
+    With `port` a running node on 127.0.0.1 is used, and left as it was; else its JVM is given `jvm`, too.
     """
     if name == "sqlite":
         yield SqlitePlace()
@@ -103,7 +105,8 @@ def place(name: str, port: int | None, folder: Path, report: Report, warm_up_s: 
     try:
         if node is not None:
             report.note("starting a Cassandra node (2 GiB, G1)")
-            port = _script("start", "--name", node, "--bench", "--json")["nodes"][0]["port"]
+            more = [f"--jvm={argument}" for argument in jvm]
+            port = _script("start", "--name", node, "--bench", "--json", *more)["nodes"][0]["port"]
             report.database["jdk"] = machine.jdk()
         assert port is not None
         found = CassandraPlace("127.0.0.1", port)

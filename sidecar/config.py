@@ -291,6 +291,7 @@ class TapeSection:
     size_bytes_max: int = _key(_integer(65_536, I63_MAX, "bytes"), 10_737_418_240)
     retention_s: float = _key(_seconds(zero="until durable"), 3_600.0)
     turn_frames_max: int = _key(_integer(1, 1_000_000, "frames"), 2_000)
+    turn_min_s: float = _key(_seconds(most=1.0, zero="at once"), 0.002)
     memory_events_max: int = _key(_integer(1, 10_000_000, "events"), 20_000)
     malformed_kept_max: int = _key(_integer(1, 10_000_000, "frames"), 10_000)
 
@@ -333,7 +334,7 @@ class StoreSection:
 class PipelineSection:
     """How batches are made and sent."""
 
-    batch_trades_max: int = _key(_integer(1, 10_000, "trades"), 16)
+    batch_trades_max: int = _key(_integer(1, 10_000, "trades"), 32)
     batch_bytes_max: int = _key(_integer(1, 16_777_216, "bytes"), 12_288)
     inflight_batches_max: int = _key(_integer(1, 1_024, "batches"), 16)
     durable_after_s: float = _key(_seconds(most=DAY_S), 20.0)

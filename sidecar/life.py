@@ -38,7 +38,7 @@ ACCOUNTS_READ_MAX: Final = 2_000  # in one question to the store
 class Bounds:
     """The bounds of the settling half, named as in the configuration (design.md)."""
 
-    batch_trades_max: int = 16
+    batch_trades_max: int = 32
     batch_bytes_max: int = 12_288
     inflight_batches_max: int = 16
     durable_after_s: float = 20.0

@@ -46,6 +46,7 @@ class Recorder:
         receive_buffer_bytes: int,
         frame_bytes_max: int,
         retention_s: float,
+        turn_min_s: float = 0.0,
         silence_s: float = 0.0,
         refill: Refill | None = None,
         secure: Callable[[Any], None] = lambda _: None,
@@ -54,6 +55,9 @@ class Recorder:
         """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept.
 
         A payload above `frame_bytes_max` is malformed; one between wire.md's 4 KiB and that is recorded, and rejected.
+        A turn begins `turn_min_s` after the one before it or later, so that a busy stream shares commits; what comes after
+        a pause is recorded at once.
+
         An engine that is not heard for `silence_s` (0: never mind) is called silent. `refill` fills holes, if anybody
         serves the past. `secure` gives the feed's socket its keys.
         """
@@ -67,6 +71,7 @@ class Recorder:
         self._frame_bytes_max = frame_bytes_max
         self._retention_s = retention_s
         self._silence_s = silence_s
+        self._turn_min_s = turn_min_s
         self._now_us = now_us
         self._wake = asyncio.Event()
         self._stopping = False
@@ -94,6 +99,7 @@ class Recorder:
 
     async def run(self) -> None:
         """Record until `stop`. Raises TapeError when the disk can't be trusted: the process must end (design.md)."""
+        now = asyncio.get_running_loop().time
         self._feed.start()
         beside = [asyncio.create_task(self._prune()), asyncio.create_task(self._watch())]
         if self.refill is not None:  # the subscription is open: nothing falls between it and the refill's hello
@@ -111,8 +117,12 @@ class Recorder:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
+                begun = now()
                 await self._commit()
                 self._feed.resume()
+                rest_s = begun + self._turn_min_s - now()
+                if rest_s > 0 and not self._stopping:
+                    await asyncio.sleep(rest_s)
         finally:
             for task in beside:
                 task.cancel()

@@ -136,6 +136,7 @@ def make_recorder(config: Config, tape: Tape) -> Recorder:
         endpoint=config.engine.endpoint,
         topic=config.engine.topic,
         turn_frames_max=config.tape.turn_frames_max,
+        turn_min_s=config.tape.turn_min_s,
         receive_hwm_frames=config.engine.receive_hwm_frames,
         receive_buffer_bytes=config.engine.receive_buffer_bytes,
         frame_bytes_max=config.engine.frame_bytes_max,

@@ -66,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
         "size_bytes_max": 10_737_418_240,
         "retention_s": 3600.0,
         "turn_frames_max": 2_000,
+        "turn_min_s": 0.002,
         "memory_events_max": 20_000,
         "malformed_kept_max": 10_000,
     },
@@ -88,7 +89,7 @@ DEFAULTS: dict[str, Any] = {
         },
     },
     "pipeline": {
-        "batch_trades_max": 16,
+        "batch_trades_max": 32,
         "batch_bytes_max": 12_288,
         "inflight_batches_max": 16,
         "durable_after_s": 20.0,

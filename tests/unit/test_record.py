@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,31 @@ def test_ten_thousand_frames_in_one_go_all_arrive_in_turns_of_a_hundred(tmp_path
     tape = tell(tmp_path / "tape.db", story)
     assert tape.recorded_total == 10_001
     assert tape.malformed_total == 0
+
+
+def test_turns_begin_apart_as_asked_and_the_first_after_a_pause_at_once(tmp_path: Path) -> None:
+    apart_s, begun = 0.2, []
+
+    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
+        take_turn = recorder.tape.take_turn
+
+        def taken() -> Any:
+            begun.append(time.monotonic())
+            return take_turn()
+
+        recorder.tape.take_turn = taken  # type: ignore[method-assign]
+        send(publisher, 1, 1)
+        await until(lambda: reader.runs(1).head == 1)
+        assert len(begun) == 1
+        for n in range(2, 40):
+            send(publisher, n, n)
+            await asyncio.sleep(0.01)
+
+    tape = tell(tmp_path / "tape.db", story, turn_min_s=apart_s)
+    assert tape.recorded_total == 39
+    between = [later - earlier for earlier, later in pairwise(begun[:-1])]  # stopping waits for nothing
+    assert between
+    assert min(between) >= apart_s * 0.99
 
 
 def test_what_was_taken_from_the_socket_is_on_disk_when_it_stops(tmp_path: Path) -> None:
