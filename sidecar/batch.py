@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final, NamedTuple
 
-from sidecar.events import AccountKey, AccountValues, Event, LedgerEvent, Refused, Trade
+from sidecar.events import AccountKey, AccountValues, Event, LedgerEvent, Refused
 from sidecar.ledger import Folded
 
 ROW_PAGE_WIDTH: Final = 10_000  # ledger_events, rejected_events: output_sequence // 10000 (schema.cql)
@@ -110,11 +110,12 @@ def take(
         last_sequence, stamp_us = last, stamp
         balances |= moved
         if symbol is not None:
+            # By name: slices of it would cost twice as much.
             (
                 sequence, trade_id, match_seq, buy_order, sell_order, buyer, seller, base, quote, price, quantity, _,
                 buyer_fee, seller_fee, buyer_refund, seller_refund, buyer_quote_version, buyer_base_version,
                 seller_base_version, seller_quote_version, settled_at, ts_us, _, _, origin,
-            ) = event  # type: ignore[misc]  # a trade: it has a symbol. By name it costs half of what slices would
+            ) = event  # type: ignore[misc]  # a trade, since it has a symbol  # fmt: skip
             row = (
                 trade_id // symbol.page_width, trade_id, stream, sequence, match_seq, buy_order, sell_order, buyer,
                 seller, base, quote, price, quantity, quote_amount, buyer_fee, seller_fee, buyer_refund, seller_refund,

@@ -55,8 +55,8 @@ class Recorder:
         """Take an open tape and the feed's bounds; `retention_s` is how long durable frames are kept.
 
         A payload above `frame_bytes_max` is malformed; one between wire.md's 4 KiB and that is recorded, and rejected.
-        A turn begins `turn_min_s` after the one before it or later, so that a busy stream shares commits; what comes after
-        a pause is recorded at once.
+        A turn begins `turn_min_s` after the one before it, at the earliest, so that a busy stream shares commits; what
+        comes after a pause is recorded at once.
 
         An engine that is not heard for `silence_s` (0: never mind) is called silent. `refill` fills holes, if anybody
         serves the past. `secure` gives the feed's socket its keys.
