@@ -10,7 +10,7 @@ A crash leaves nothing behind here: the next life starts at `durable` and folds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -57,6 +57,32 @@ class Folded(NamedTuple):
 _folded: Final[Callable[[tuple[Any, ...]], Folded]] = partial(tuple.__new__, Folded)
 
 
+class Accounts(MutableMapping[AccountKey, AccountValues]):
+    """The accounts in memory, a dict of users for each asset: 72 bytes less an account than one dict of pairs.
+
+    The ledger's own loop goes to `by_asset` itself.
+    """
+
+    def __init__(self, accounts: Mapping[AccountKey, AccountValues] | None = None) -> None:
+        self.by_asset: dict[int, dict[int, AccountValues]] = {}
+        self.update(accounts or {})
+
+    def __getitem__(self, key: AccountKey) -> AccountValues:
+        return self.by_asset[key[1]][key[0]]
+
+    def __setitem__(self, key: AccountKey, values: AccountValues) -> None:
+        self.by_asset.setdefault(key[1], {})[key[0]] = values
+
+    def __delitem__(self, key: AccountKey) -> None:
+        del self.by_asset[key[1]][key[0]]
+
+    def __iter__(self) -> Iterator[AccountKey]:
+        return ((user, asset) for asset, users in self.by_asset.items() for user in users)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_asset.values()))
+
+
 class Ledger:
     """The state of one stream in one life of its settler."""
 
@@ -75,7 +101,7 @@ class Ledger:
         self.sequence = state.sequence
         self.stamp_us = state.stamp_us
         self.last_trade_ids = dict(state.last_trade_ids)
-        self.accounts: dict[AccountKey, AccountValues] = {}
+        self.accounts = Accounts()
         self.negative_total = 0
         self.skipped_total = 0
         self._offset_us = base_us - first_sequence
@@ -132,9 +158,11 @@ class Ledger:
             raise Halt("ENGINE_TIME_AHEAD", sequence, reason, f"set the wrong clock right and restart; or {_REJECT}")
 
         # Nothing below can fail: the event is taken.
+        by_asset = self.accounts.by_asset
         self.negative_total += negative
         self.skipped_total += len(postings) - len(balances)
-        self.accounts.update(balances)
+        for (user, asset), values in balances.items():
+            by_asset[asset][user] = values
         if symbol is not None:
             self.last_trade_ids[symbol[0]] = judged[1]  # type: ignore[assignment]  # trade_id
         self.sequence = sequence
@@ -200,10 +228,11 @@ class Ledger:
         """Give the accounts as the postings leave them, without those that are ahead; count those that fall below 0."""
         balances: dict[AccountKey, AccountValues] = {}
         negative = 0
-        accounts = self.accounts
+        by_asset = self.accounts.by_asset
         for key, amount in postings:
+            user, asset = key
             try:
-                before, version, last_sequence, _ = accounts[key]
+                before, version, last_sequence, _ = by_asset[asset][user]
             except KeyError:
                 raise AccountMissingError(key) from None
             if last_sequence >= sequence:
@@ -211,7 +240,7 @@ class Ledger:
             available = before + amount
             if not 0 <= available <= I63_MAX:  # the one look that most postings take
                 if not I64_MIN <= available <= I63_MAX:
-                    reason = f"user {key[0]}, asset {key[1]} would hold {available}; {I64_MIN} to {I63_MAX} is allowed"
+                    reason = f"user {user}, asset {asset} would hold {available}; {I64_MIN} to {I63_MAX} is allowed"
                     raise Halt("BALANCE_OVERFLOW", sequence, reason, _REJECT)
                 negative += before >= 0
             balances[key] = (available, version + 1, sequence, updated_at)

@@ -127,7 +127,7 @@ class Life:
     async def _load_missing(self, events: list[Event]) -> None:
         accounts, accounts_of = self.ledger.accounts, self.ledger.accounts_of
         needed = set(chain.from_iterable(map(accounts_of, events)))
-        missing = needed.difference(accounts)  # `- accounts.keys()` would walk through all accounts
+        missing = {key for key in needed if key not in accounts}  # `-` would walk through all accounts
         await self._make_room(len(missing), needed)
         keys = sorted(missing)
         for at in range(0, len(keys), ACCOUNTS_READ_MAX):

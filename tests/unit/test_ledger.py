@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sidecar.errors import Halt
 from sidecar.events import EMPTY_ACCOUNT, Account, AccountValues, Event, Refused, State, Trade
-from sidecar.ledger import Folded, Ledger, before, trade_postings
+from sidecar.ledger import Accounts, Folded, Ledger, before, trade_postings
 from tests.streams import (
     BTC,
     ETH,
@@ -251,7 +251,7 @@ VERDICTS: list[tuple[str, dict[str, Any]]] = [  # each entry's trade deserves it
 
 def overfull() -> Ledger:
     ledger = a_ledger(state=State(0, BASE_US - 1, {"btc_usdt": 5}))
-    ledger.accounts = {key: Account(I63, 3, 0, 0) for key in [(10, BTC), (20, USDT)]}
+    ledger.accounts = Accounts({key: Account(I63, 3, 0, 0) for key in [(10, BTC), (20, USDT)]})
     return ledger
 
 
@@ -267,7 +267,7 @@ def test_the_first_verdict_of_the_list_wins(at: int) -> None:
     ledger = overfull()
     if wanted in {"UNKNOWN_SYMBOL", "BALANCE_OVERFLOW", "ENGINE_TIME_AHEAD"}:
         if wanted == "ENGINE_TIME_AHEAD":
-            ledger.accounts = {}
+            ledger.accounts = Accounts()
         with pytest.raises(Halt) as raised:
             fold(ledger, one)
         assert (raised.value.code, raised.value.sequence) == (wanted, 1)
@@ -363,7 +363,9 @@ def test_a_start_knows_the_last_trade_ids() -> None:
 )
 def test_a_halt_changes_nothing_and_the_event_can_be_folded_once_its_cause_is_gone(one: Event) -> None:
     ledger = a_ledger()
-    ledger.accounts = {(8, USDT): Account(1, 1, 0, 0), (20, USDT): Account(1, 1, 0, 0), (20, BTC): Account(0, 9, 50, 0)}
+    ledger.accounts = Accounts(
+        {(8, USDT): Account(1, 1, 0, 0), (20, USDT): Account(1, 1, 0, 0), (20, BTC): Account(0, 9, 50, 0)}
+    )
     for key in ledger.accounts_of(one):
         ledger.accounts.setdefault(key, EMPTY_ACCOUNT)
     was = copy.deepcopy({name: value for name, value in vars(ledger).items() if name not in {"symbols", "_rejects"}})
@@ -490,7 +492,9 @@ def test_a_raised_base_raises_t_from_a_state_on() -> None:
 def test_an_account_whose_row_is_ahead_is_skipped_until_the_position_has_passed_it() -> None:
     ledger = a_ledger(state=State(4, BASE_US, {}))
     ahead = Account(123, 7, 6, 55)
-    ledger.accounts = {(10, BTC): ahead, (10, USDT): EMPTY_ACCOUNT, (20, BTC): EMPTY_ACCOUNT, (20, USDT): EMPTY_ACCOUNT}
+    ledger.accounts = Accounts(
+        {(10, BTC): ahead, (10, USDT): EMPTY_ACCOUNT, (20, BTC): EMPTY_ACCOUNT, (20, USDT): EMPTY_ACCOUNT}
+    )
     for sequence in (5, 6):
         folded = fold(ledger, trade(sequence))
         assert isinstance(folded.event, Trade)  # its row is written in any case
@@ -521,7 +525,7 @@ def test_any_rows_ahead_give_the_same_end(picked: list[dict[str, Any]], data: st
         key: snapshots[data.draw(st.integers(start, len(stream)))].get(key, EMPTY_ACCOUNT) for key in whole.accounts
     }
     again = a_ledger(state=states[start])
-    again.accounts = rows
+    again.accounts = Accounts(rows)
     for one in stream[start:]:
         fold(again, one)
     assert again.accounts == whole.accounts
@@ -533,7 +537,7 @@ def test_any_rows_ahead_give_the_same_end(picked: list[dict[str, Any]], data: st
 
 def test_eviction_never_takes_an_account_whose_newest_event_is_above_durable() -> None:
     ledger = a_ledger()
-    ledger.accounts = {(user, BTC): Account(0, 1, user, 0) for user in range(10)}
+    ledger.accounts = Accounts({(user, BTC): Account(0, 1, user, 0) for user in range(10)})
     ledger.evict(durable=4, accounts_max=8)
     assert sorted(user for user, _ in ledger.accounts) == [2, 3, 4, 5, 6, 7, 8, 9]
     ledger.evict(durable=4, accounts_max=0)
