@@ -23,7 +23,7 @@ from bench.report import BenchError
 from bench.watch import Watch
 from bench.world import Process, World
 
-STALL_S = 60.0  # nothing was acknowledged for so long: it will not go on by itself
+STALL_S = 60.0  # nothing was recorded or acknowledged for so long: it will not go on by itself
 STARTED_S = 60.0
 
 
@@ -107,16 +107,20 @@ def fill_tape(folder: Path, workload: Workload, timeout_s: float = 900.0) -> Tap
     return Tape(folder / "tape.db", world.journal, acks.Sent(world.journal))
 
 
-def until_taped(world: World, record: Process, sequence: int, timeout_s: float = 120.0) -> None:
+def until_taped(world: World, record: Process, sequence: int) -> None:
     """Wait until the recorder has put a sequence on disk, without a hole before it."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    seen, seen_at, pause_s = 0, time.monotonic(), 0.2
+    while time.monotonic() - seen_at < STALL_S:
         _still_running(record, "sidecar record")
         sessions = world.verb("tape", "info", status=0)["sessions"]
-        if sessions and sessions[-1]["head"] >= sequence:
+        head = sessions[-1]["head"] if sessions else 0
+        if head >= sequence:
             return
-        time.sleep(0.2)
-    raise BenchError(f"the recorder had not taped sequence {sequence} after {timeout_s:.0f} s: {record.log}")
+        if head > seen:
+            seen, seen_at = head, time.monotonic()
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 2.0)  # asking takes a process, and a core of two
+    raise BenchError(f"the recorder stands at {seen}, before sequence {sequence}, for {STALL_S:.0f} s: {record.log}")
 
 
 def until_acked(world: World, settling: Process, sequence: int) -> None:
