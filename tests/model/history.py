@@ -644,16 +644,17 @@ def in_the_model() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def run_history(seed: int, patch: pytest.MonkeyPatch, ways: Ways = Ways()) -> Outcome:
+def run_history(seed: int, ways: Ways = Ways()) -> Outcome:
     """Run one history to its end."""
 
     async def main() -> Outcome:
         history = History(seed, ways)
         jitters = random.Random(seed)
         made = SimpleNamespace(Random=lambda: random.Random(jitters.random()))
-        patch.setattr(sidecar.pipeline, "random", made)
-        patch.setattr(sidecar.life, "Ledger", _watched(history))
-        return await history.run()
+        with pytest.MonkeyPatch.context() as patch:  # its own: what it undoes later, it keeps
+            patch.setattr(sidecar.pipeline, "random", made)
+            patch.setattr(sidecar.life, "Ledger", _watched(history))
+            return await history.run()
 
     try:
         return virtual_time.run(main())

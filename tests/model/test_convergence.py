@@ -73,9 +73,9 @@ def first_history(seed: int) -> int:
 def converge(first: int, histories: int) -> None:
     met: Counter[str] = Counter()
     began = time.perf_counter()
-    with in_the_model() as patch:
+    with in_the_model():
         for seed in range(first, first + histories):
-            outcome = run_history(seed, patch)
+            outcome = run_history(seed)
             for what, times in outcome.met.items():
                 met[what] += times > 0
             assert outcome.is_good, f"{outcome}\nthe same again: MODEL_SEED={seed} MODEL_HISTORIES=1"
@@ -118,7 +118,7 @@ def test_a_mutant_is_noticed(mutant: Mutant, first_history: int, capsys: pytest.
             if tried == MUTANT_HISTORIES_MAX:
                 break
             tried += 1
-            outcome = run_history(seed, patch, mutant.ways)
+            outcome = run_history(seed, mutant.ways)
             if outcome.diverged:
                 with capsys.disabled():
                     print(f"\n{mutant.name}: noticed in history {tried} of {', '.join(mutant.themes)}, seed {seed}")
@@ -127,7 +127,7 @@ def test_a_mutant_is_noticed(mutant: Mutant, first_history: int, capsys: pytest.
 
 
 def test_a_history_is_the_same_twice(first_history: int) -> None:
-    with in_the_model() as patch:
+    with in_the_model():
         for seed in range(first_history, first_history + 2 * len(THEMES)):
-            one, other = run_history(seed, patch), run_history(seed, patch)
+            one, other = run_history(seed), run_history(seed)
             assert (one.met, one.diverged, one.failed) == (other.met, other.diverged, other.failed)
