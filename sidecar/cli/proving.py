@@ -161,7 +161,7 @@ def _proved(
         work = Work(path)
         try:
             async with open_store(config) as store:
-                proof = Proof(store=store, work=work, pace=Pace(rate_rows_s=rate), progress=progress)
+                proof = Proof(store=store, work=work, pace=Pace.bounded(rate), progress=progress)
                 try:
                     return await ask(proof, store, work)
                 finally:
@@ -310,7 +310,7 @@ def _line(finding: dict[str, Any], decimals: dict[int, tuple[str, int]]) -> list
 def audit(given: argparse.Namespace) -> int:
     """Audit the tables."""
     config, progress = load(given), Progress()
-    pace = Pace(rate_rows_s=_rate(given, config))
+    pace = Pace.bounded(_rate(given, config))
     with shown(progress, "audit"):
         said = with_store(config, lambda store: auditing.audit(store, pace=pace, progress=progress, wait_s=WAIT_S))
     if given.out is not None:
@@ -354,7 +354,7 @@ def statement(given: argparse.Namespace) -> int:
     """State a user's accounts."""
     config, progress = load(given), Progress()
     asset = _asset_id(config, given.asset) if given.asset is not None else None
-    pace, span = Pace(rate_rows_s=_rate(given, config)), _span(given)
+    pace, span = Pace.bounded(_rate(given, config)), _span(given)
 
     async def ask(store: Store) -> stating.Statement:
         return await stating.state(store, given.user, asset, span, pace=pace, progress=progress, wait_s=WAIT_S)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.errors import SidecarError, TapeLockedError
-from sidecar.proof.reconcile import Pace, Proof, Report
+from sidecar.proof.reconcile import ROWS_A_PAGE_BESIDE, Pace, Proof, Report
 from sidecar.proof.work import Work
 from sidecar.store.base import Store
 from sidecar.tape import lock
 
 log = logging.getLogger(__name__)
 
-ROWS_A_PAGE: Final = 250  # a millisecond of the loop
 SOON_S: Final = 300.0  # after a start, when the last proof is long ago
 LOGGED_FINDINGS_MAX: Final = 50
 
@@ -51,7 +50,7 @@ class Hourly:
         self._open_store = open_store
         self._path = path
         self._interval_s = interval_s
-        self._pace = Pace(rate_rows_s=rate_rows_s, rows_a_page=ROWS_A_PAGE)
+        self._pace = Pace(rate_rows_s=rate_rows_s, rows_a_page=ROWS_A_PAGE_BESIDE)
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:

@@ -35,7 +35,7 @@ from sidecar.proof.judge import Pairs, Where, judge, link, opposite, stray, unex
 from sidecar.proof.positions import WAIT_S, Known, positions, reached, trade_ids_rise
 from sidecar.proof.rows import AccountKey, Row
 from sidecar.proof.work import Work
-from sidecar.store.base import ProofFinding, ProofRun, Store
+from sidecar.store.base import SCAN_ROWS, ProofFinding, ProofRun, Store
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,6 +43,7 @@ T = TypeVar("T")
 CHECKPOINT_ROWS: Final = 200_000
 TRIES_MAX: Final = 5  # without getting any further
 RETRY_S: Final = 1.0
+ROWS_A_PAGE_BESIDE: Final = 250  # a millisecond of the loop, a few of the node
 BALANCES_A_ROW: Final = 4  # a balance row is a quarter of a trade's: so much less of the rate does it take
 
 
@@ -51,7 +52,15 @@ class Pace:
     """How much a proof asks of the store: rows a second (0: no bound), rows in one question."""
 
     rate_rows_s: float = 0.0
-    rows_a_page: int = 2_000
+    rows_a_page: int = SCAN_ROWS
+
+    @classmethod
+    def bounded(cls, rate_rows_s: float) -> Pace:
+        """Give the pace of a rate; 0: as fast as it goes, in large pages.
+
+        Whoever bounds the rate has settlement beside the proof, which waits for as long as the node reads a page.
+        """
+        return cls(rate_rows_s=rate_rows_s, rows_a_page=ROWS_A_PAGE_BESIDE if rate_rows_s else SCAN_ROWS)
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from bench.world import ROOT
 from sidecar import decisions
+from sidecar.cli import main
 from sidecar.errors import OutcomeUnknownError
 from sidecar.events import State, Trade
 from sidecar.proof.audit import audit
@@ -397,6 +399,33 @@ def test_the_rate_is_kept(tmp_path: Path) -> None:
         assert loop.time() - began > 0.3
 
     play(tmp_path, story)
+
+
+@pytest.mark.parametrize("rate, rows", [([], 250), (["--rate", "500"], 250), (["--rate", "0"], 2_000)])
+def test_whoever_bounds_the_rate_is_given_small_pages(
+    rate: list[str], rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settlement beside it waits for as long as a node reads a page."""
+    play(tmp_path, lambda place: place.books.play(100))
+    asked = []
+
+    def noting(scan: Any) -> Any:
+        def noted(*args: Any, rows_a_page: int = 0, **named: Any) -> Any:
+            asked.append(rows_a_page)
+            return scan(*args, rows_a_page=rows_a_page, **named)
+
+        return noted
+
+    scans = ("scan_stamped_balances", "scan_trades_after", "scan_trades_between", "scan_ledger_events", "scan_rejected")
+    for name in scans:
+        monkeypatch.setattr(SQLiteStore, name, noting(getattr(SQLiteStore, name)))
+    given = ["--config", str(ROOT / "bench" / "binance.toml")]
+    for setting in (f"store.sqlite.path={tmp_path / 'settlement.db'}", f"tape.path={tmp_path / 'tape.db'}"):
+        given += ["--set", setting]
+    for verb in (["reconcile"], ["audit"], ["statement", "1"]):
+        asked.clear()
+        main([*verb, *rate, *given])
+        assert set(asked) == {rows}, verb
 
 
 # --- mending ---
