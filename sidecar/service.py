@@ -258,6 +258,7 @@ def make_hourly(config: Config) -> Hourly:
         path=proof_path(config),
         interval_s=config.reconcile.interval_s,
         rate_rows_s=config.reconcile.rate_rows_s,
+        tape_path=config.tape.path,
     )
 
 

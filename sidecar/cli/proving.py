@@ -161,7 +161,9 @@ def _proved(
         work = Work(path)
         try:
             async with open_store(config) as store:
-                proof = Proof(store=store, work=work, pace=Pace.bounded(rate), progress=progress)
+                proof = Proof(
+                    store=store, work=work, pace=Pace.bounded(rate), progress=progress, tape_path=config.tape.path
+                )
                 try:
                     return await ask(proof, store, work)
                 finally:

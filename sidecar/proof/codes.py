@@ -28,8 +28,8 @@ CODES: Final[dict[str, Code]] = {
     "BALANCE_DIFFERS": Code(
         True,
         "The row's `available` is not the sum of the account's events up to the row's own `last_sequence`. (When one"
-        " deposit, withdrawal or adjustment had its amount changed by hand, it looks the same: see `sidecar statement`"
-        " before you fix.)",
+        " deposit, withdrawal or adjustment had its amount changed by hand, and the tape has deleted its frame, it"
+        " looks the same: see `sidecar statement` before you fix.)",
         _FIX,
     ),
     "VERSION_DIFFERS": Code(
@@ -64,8 +64,9 @@ CODES: Final[dict[str, Code]] = {
     ),
     "EVENT_DIFFERS": Code(
         False,
-        "Two accounts deviate by the same amount in opposite directions, and there are trades between them: the row of"
-        " a trade was changed, not the balances.",
+        "An event's row was changed, not the balance: two accounts deviate by the same amount in opposite directions,"
+        " and there are trades between them; or the tape still has a deposit, withdrawal or adjustment of the account"
+        " otherwise.",
         _RESTORE,
     ),
     "EVENT_TWICE": Code(False, "A sequence has two rows, or two kinds of row; it was counted once.", _RESTORE),

@@ -44,11 +44,20 @@ class Numbers:
 class Hourly:
     """Proves the ledger every `interval_s` until it is stopped."""
 
-    def __init__(self, *, open_store: Callable[[], Store], path: Path, interval_s: float, rate_rows_s: float) -> None:
-        """Take how to get a store (still to be opened), the work file, the interval and the rate."""
+    def __init__(
+        self,
+        *,
+        open_store: Callable[[], Store],
+        path: Path,
+        interval_s: float,
+        rate_rows_s: float,
+        tape_path: Path | None = None,
+    ) -> None:
+        """Take how to get a store (still to be opened), the work file, the interval, the rate, and the tape."""
         self.numbers = Numbers()
         self._open_store = open_store
         self._path = path
+        self._tape_path = tape_path
         self._interval_s = interval_s
         self._pace = Pace(rate_rows_s=rate_rows_s, rows_a_page=ROWS_A_PAGE_BESIDE)
         self._stopping = asyncio.Event()
@@ -107,7 +116,7 @@ class Hourly:
             work = await asyncio.to_thread(Work, self._path)
             try:
                 async with self._open_store() as store:
-                    proof = Proof(store=store, work=work, pace=self._pace)
+                    proof = Proof(store=store, work=work, pace=self._pace, tape_path=self._tape_path)
                     try:
                         return await proof.run()
                     finally:

@@ -25,6 +25,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sidecar.errors import OutcomeUnknownError
@@ -33,7 +34,8 @@ from sidecar.proof.codes import Finding
 from sidecar.proof.fold import Part
 from sidecar.proof.judge import Pairs, Where, judge, link, opposite, stray, unexplained
 from sidecar.proof.positions import WAIT_S, Known, positions, reached, trade_ids_rise
-from sidecar.proof.rows import AccountKey, Row
+from sidecar.proof.rows import ASSET, LEDGER_SEQUENCE, USER, AccountKey, Row
+from sidecar.proof.witness import contradicted
 from sidecar.proof.work import Work
 from sidecar.store.base import SCAN_ROWS, ProofFinding, ProofRun, Store
 
@@ -134,14 +136,20 @@ class Proof:
     """One proof after the other over one store, with one work file."""
 
     def __init__(
-        self, *, store: Store, work: Work, pace: Pace, progress: Progress | None = None, wait_s: float = WAIT_S
-    ) -> None:
-        """Take an open store and the work file; `wait_s` bounds the waiting for a settler that does not run."""
+        self, *, store: Store, work: Work, pace: Pace, progress: Progress | None = None, wait_s: float = WAIT_S,
+        tape_path: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Take an open store and the work file; `wait_s` bounds the waiting for a settler that does not run.
+
+        The tape, if there is one beside us, is asked only where the tables can't tell a changed balance from a changed
+        ledger event.
+        """
         self.progress = progress or Progress()
         self._store = store
         self._work = work
         self._pace = pace
         self._wait_s = wait_s
+        self._tape_path = tape_path
         self._throttle = Throttle(pace.rate_rows_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="proof")
         self._known: dict[str, Known] = {}
@@ -275,8 +283,7 @@ class Proof:
             if cursor is not None:
                 await self._keep(*cursor)
         for part in parts:
-            first = 0 if full else part.verified + 1
-            last = I63_MAX if full or part.ahead else part.up_to
+            first, last = _sequences(part, full)
             for unit, scan, fold in (
                 ("ledger_events", self._store.scan_ledger_events, self._work.fold_ledger_events),
                 ("rejected_events", self._store.scan_rejected, self._work.note_rejected),
@@ -408,7 +415,8 @@ class Proof:
     async def _blame_events(self, parts: list[Part], full: bool, even: list[Finding], accounts: list[Finding]) -> None:
         """Where two accounts deviate by opposite amounts and trade with each other, it was the trade that was changed.
 
-        That needs the trades of this proof a second time, and happens only when there are such accounts.
+        Of the rest it was a ledger event where the tape still has that otherwise. Either needs the events of this proof
+        a second time, and happens only when there are such accounts.
         """
         known = await self._do(self._work.suspects)
         blamed: dict[Where, list[int]] = {where: known[where] for each in even if (where := _where(each)) in known}
@@ -419,11 +427,17 @@ class Proof:
             for user in users if linked else ():
                 blamed[stream, user, asset] = linked
                 await self._do(self._work.suspect, stream, (user, asset), linked)
+        for part in parts:
+            doubtful = {(user, asset) for stream, user, asset in map(_where, even) if stream == part.name}
+            doubtful -= {(user, asset) for stream, user, asset in blamed if stream == part.name}
+            for key, changed in (await self._contradicted(part, full, doubtful)).items():
+                blamed[part.name, *key] = changed
+                await self._do(self._work.suspect, part.name, key, changed)
         for at, each in enumerate(accounts):
             if each.code == "BALANCE_DIFFERS" and (linked := blamed.get(_where(each), [])):
                 one = len(linked) == 1
                 some = ", ".join(map(str, linked))
-                detail = "this trade was changed" if one else f"one of the trades at {some} was changed"
+                detail = "this event's row was changed" if one else f"a row of the events at {some} was changed"
                 accounts[at] = replace(each, code="EVENT_DIFFERS", sequence=linked[0] if one else None, detail=detail)
 
     async def _link(self, parts: list[Part], full: bool, pairs: Pairs) -> None:
@@ -440,6 +454,20 @@ class Proof:
         for part in parts:
             part.ids = ids[part.name]
 
+    async def _contradicted(self, part: Part, full: bool, keys: set[AccountKey]) -> dict[AccountKey, list[int]]:
+        """Give, by account, the ledger events of this proof whose rows the tape contradicts."""
+        found: dict[AccountKey, list[int]] = {}
+        if not keys or self._tape_path is None:
+            return found
+        scan = self._store.scan_ledger_events(part.name, *_sequences(part, full), rows_a_page=self._pace.rows_a_page)
+        async for rows in scan:
+            theirs = {row[LEDGER_SEQUENCE]: (row[USER], row[ASSET]) for row in rows if (row[USER], row[ASSET]) in keys}
+            some = [row for row in rows if row[LEDGER_SEQUENCE] in theirs]
+            for sequence in await self._do(contradicted, self._tape_path, part.name, some):
+                found.setdefault(theirs[sequence], []).append(sequence)
+            await self._spent(len(rows))
+        return found
+
     async def _record(self, report: Report) -> None:
         """Write the run and its findings to the store, then forget the rows: the proof is finished."""
         up_to = max(report.up_to.values(), default=0)
@@ -453,6 +481,11 @@ class Proof:
         await self._store.save_run(run._replace(finished_at_ms=report.finished_at_ms))
         finished = {"run_id": report.run_id, "finished_at_ms": report.finished_at_ms, "full": report.is_full}
         await self._do(self._work.put, "finished", finished)
+
+
+def _sequences(part: Part, full: bool) -> tuple[int, int]:
+    """Give the first and the last sequence that a proof asks for."""
+    return 0 if full else part.verified + 1, I63_MAX if full or part.ahead else part.up_to
 
 
 def _needs_all(known: dict[str, Known], verified: dict[str, dict[str, Any]]) -> bool:

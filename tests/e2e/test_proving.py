@@ -7,16 +7,20 @@ import csv
 import io
 import json
 import random
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sidecar
 from bench.world import ENVIRONMENT, World, until
-from sidecar.proof.reconcile import Pace, Progress
+from sidecar.proof.reconcile import Pace, Progress, Proof, Report
 from sidecar.proof.statement import Span, state
+from sidecar.proof.work import Work
 from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 USERS = 50
@@ -177,6 +181,69 @@ def test_a_wrong_row_is_mended_while_trades_go_on(tmp_path: Path, under_test: St
         assert run.term() == 0
 
 
+def test_a_changed_deposit_is_not_taken_for_a_changed_balance_while_the_tape_has_it(tmp_path: Path) -> None:
+    settings = ["pipeline.durable_after_s=0.2", "reconcile.interval_s=0"]
+    with World(tmp_path, source="binance", settings=settings) as world:
+        run = world.start("run")
+        world.engine("--count", "600").result()
+        world.until_acked(600)
+        assert run.term() == 0
+        deposits = [event for event in _events(world) if "event_type" in event]
+        victim, other = deposits[0], next(event for event in deposits if event["user_id"] != deposits[0]["user_id"])
+        where = f"WHERE stream = 'main' AND output_sequence = {victim['output_sequence']}"
+        _change(world, f"UPDATE ledger_events SET amount = amount + 1000 {where}")
+        account = f"user_id = {other['user_id']} AND asset_id = {other['asset']}"
+        _change(world, f"UPDATE user_balances SET available = available + 7 WHERE {account}")
+        changed = ("EVENT_DIFFERS", victim["user_id"], victim["asset"], victim["output_sequence"])
+        balance = ("BALANCE_DIFFERS", other["user_id"], other["asset"], _last_sequence(world, other))
+
+        said = world.verb("reconcile", "--full", status=1)["findings"]
+        assert {each["code"]: each["fixable"] for each in said} == {"EVENT_DIFFERS": False, "BALANCE_DIFFERS": True}
+        tape = tmp_path / "tape.db"
+        for full in (True, False):  # what the full proof has found the next one still knows
+            assert _found(world, tape, full=full) == {changed, balance}
+        # The tables alone can't tell.
+        taken_for = ("BALANCE_DIFFERS", victim["user_id"], victim["asset"], _last_sequence(world, victim))
+        assert _found(world, tmp_path / "none.db", full=True) == {taken_for, balance}
+        told = json.loads((settled := tmp_path / "tape.db.settled").read_text())
+        for another in ({"foreign_to": 600}, {"tape_id": 1}, {"stream": "other"}):  # nor does another stream's tape
+            settled.write_text(json.dumps(told | another))
+            assert _found(world, tape, full=True) == {taken_for, balance}, another
+        settled.write_text(json.dumps(told))
+        _change(world, f"UPDATE ledger_events SET amount = amount - 1000 {where}")
+        assert _found(world, tape, full=True) == {balance}
+
+
+def _found(world: World, tape_path: Path, *, full: bool) -> set[tuple[str, int | None, int | None, int | None]]:
+    async def prove() -> Report:
+        async with sidecar.open_store(sidecar.load(world.toml, world.settings)) as store:
+            work = Work(world.folder / "work")
+            proof = Proof(store=store, work=work, pace=Pace(), wait_s=5.0, tape_path=tape_path)
+            try:
+                return await proof.run(full=full)
+            finally:
+                proof.close()
+                work.close()
+
+    return {(each.code, each.user_id, each.asset_id, each.sequence) for each in asyncio.run(prove()).findings}
+
+
+def _events(world: World) -> list[dict[str, Any]]:
+    return [json.loads(line)["event"] for line in world.journal.read_text().splitlines()]
+
+
+def _last_sequence(world: World, event: dict[str, Any]) -> int:
+    where = f"user_id = {event['user_id']} AND asset_id = {event['asset']}"
+    with closing(sqlite3.connect(world.folder / "settlement.db")) as db:
+        sequence: int = db.execute(f"SELECT last_sequence FROM user_balances WHERE {where}").fetchone()[0]
+    return sequence
+
+
+def _change(world: World, statement: str) -> None:
+    with closing(sqlite3.connect(world.folder / "settlement.db", timeout=20)) as db, db:
+        assert db.execute(statement).rowcount == 1
+
+
 def _victim(world: World) -> tuple[int, int]:
     """A user whose account has been there for long."""
     event = json.loads(world.journal.read_text().splitlines()[0])["event"]
@@ -187,11 +254,7 @@ def _spoil(world: World, under_test: StoreUnderTest) -> None:
     user, asset = _victim(world)
     where = f"user_id = {user} AND asset_id = {asset} AND stream = 'main'"
     if under_test.node is None:
-        import sqlite3
-
-        with sqlite3.connect(world.folder / "settlement.db", timeout=20) as db:
-            db.execute(f"UPDATE user_balances SET available = available + 1000 WHERE {where}")
-        db.close()
+        _change(world, f"UPDATE user_balances SET available = available + 1000 WHERE {where}")
         return
     keyspace = under_test.settings[2].partition("=")[2]
     rows = under_test.node.cql(f"SELECT available FROM {keyspace}.user_balances WHERE {where}")
