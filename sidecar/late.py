@@ -123,8 +123,13 @@ def standing(tape_path: Path) -> list[dict[str, Any]]:
         told = read_settled(reading.told_path) or {}
         with closing(reading.reader()) as reader:
             taped = reader.runs(reader.sessions()[0].session).head
-        known = {key: told.get(key) for key in ("state", "halted")} | {"acked": told.get("acked", 0)}
-        said.append({"stream": reading.stream, "taped": taped, **known, "state": known["state"] or "waiting"})
+        acked, durable = told.get("acked", 0), told.get("durable", 0)
+        said.append(
+            {
+                "stream": reading.stream, "state": told.get("state") or "waiting", "halted": told.get("halted"),
+                "taped": taped, "acked": acked, "durable": durable, "lag_events": max(taped - acked, 0),
+            }
+        )  # fmt: skip
     return said
 
 

@@ -8,7 +8,7 @@ scripts/ name these, OPERATIONS.md explains them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -22,9 +22,6 @@ from prometheus_client.registry import Collector
 
 from sidecar import __version__
 from sidecar.latency import BOUNDS_US, Histogram
-from sidecar.proof.hourly import Numbers
-from sidecar.record import Recorder
-from sidecar.settle import Settler
 from sidecar.watch import Watch
 
 STATES: Final = ("idle", "running", "waiting", "halted", "paused")
@@ -49,6 +46,8 @@ RECORDING: Final[tuple[_Line, ...]] = (
     _Line("last_frame_timestamp_seconds", "When the newest frame was heard.", lambda r: r.heard_at_us / 1e6 or None),
     _Line("engine_silent", "1 while the engine is silent: not heard for so long that it is called that.",
           lambda r: r.silent_since_us > 0),
+    _Line("engine_not_trusted", "1 while whoever answers as the engine did not prove to be it (CURVE).",
+          lambda r: r.refused is not None),
     _Line("recorder_pending_frames", "Frames that wait for the next commit.", lambda r: r.tape.pending_frames),
     _Line("tape_full", "1 while recording stands still because the tape or its disk is full.",
           lambda r: r.tape.full is not None),
@@ -88,12 +87,16 @@ PROVING: Final[tuple[_Line, ...]] = (
           lambda p: p.duration_s if p.finished_at_s else None),
 )  # fmt: skip
 
-# How it stands, as `sidecar status` says it: the look of the last second.
+# How each stream stands, as `sidecar status` says it (the look of the last second): the engine's, and its late streams.
+POSITIONS: Final[tuple[_Line, ...]] = (
+    _Line("taped_sequence", "Highest sequence on the tape.", lambda said: said.get("taped")),
+    _Line("acked_sequence", "End of the contiguous acknowledged run.", lambda said: said.get("acked")),
+    _Line("durable_sequence", "Where a restart begins.", lambda said: said.get("durable")),
+    _Line("lag_events", "Recorded and not yet acknowledged.", lambda said: said.get("lag_events")),
+)  # fmt: skip
+
+# What else the look of the last second has found.
 STANDING: Final[tuple[_Line, ...]] = (
-    _Line("taped_sequence", "Highest sequence on the tape.", lambda w: w.standing.get("taped")),
-    _Line("acked_sequence", "End of the contiguous acknowledged run.", lambda w: w.standing.get("acked")),
-    _Line("durable_sequence", "Where a restart begins.", lambda w: w.standing.get("durable")),
-    _Line("lag_events", "Recorded and not yet acknowledged.", lambda w: w.standing.get("lag_events")),
     _Line("holes", "Ranges of sequences that are missing.", lambda w: _holes(w)[0]),
     _Line("missing_events", "Sequences that are missing.", lambda w: _holes(w)[1]),
     _Line("replay_filled_total", "Frames that replay brought.",
@@ -130,24 +133,25 @@ class _Parts(Collector):
         return []  # asked when it is registered; nothing need be read for it
 
     def collect(self) -> Iterator[Any]:
-        watch, stream = self._watch, [self._watch.stream]
+        watch, stream = self._watch, self._watch.stream
+        standings = [watch.standing | {"stream": stream}, *watch.standing.get("late", ())]
         build = InfoMetricFamily("sidecar_build", "The version that runs, and its store.", labels=["stream"])
-        build.add_metric(stream, {"version": __version__, "store": watch.store_name})
+        build.add_metric([stream], {"version": __version__, "store": watch.store_name})
         yield build
-        yield from _families(RECORDING, watch.recorder, stream)
-        yield from _families(SETTLING, watch.settler, stream)
-        yield from _families(PROVING, watch.proofs, stream)
-        yield from _families(STANDING, watch, stream)
-        state = watch.standing.get("state", "waiting")
+        yield from _families(RECORDING, {stream: watch.recorder})
+        yield from _families(SETTLING, {stream: watch.settler})
+        yield from _families(PROVING, {stream: watch.proofs})
+        yield from _families(POSITIONS, {said["stream"]: said for said in standings})
+        yield from _families(STANDING, {stream: watch})
         states = GaugeMetricFamily("sidecar_state", "1 for the state of settlement.", labels=["stream", "state"])
-        for name in STATES:
-            states.add_metric([*stream, name], float(name == state))
-        yield states
         says = "1 by the code of the halt; absent while there is none."
         halted = GaugeMetricFamily("sidecar_halted", says, labels=["stream", "code"])
-        for said in (watch.standing, *watch.standing.get("late", ())):
+        for said in standings:
+            for name in STATES:
+                states.add_metric([said["stream"], name], float(name == said.get("state", "waiting")))
             if said.get("halted"):
                 halted.add_metric([said["stream"], said["halted"]["code"]], 1)
+        yield states
         yield halted
         if watch.settler is not None:
             acknowledged = watch.settler.acknowledged
@@ -157,27 +161,27 @@ class _Parts(Collector):
             yield _histogram("sidecar_engine_to_acknowledge_seconds", says, acknowledged.since_sent, stream)
 
 
-def _families(
-    lines: tuple[_Line, ...], part: Recorder | Settler | Watch | Numbers | None, stream: list[str]
-) -> Iterator[Any]:
-    for line in lines if part is not None else ():
-        value = line.read(part)
-        if value is None:
-            continue
+def _families(lines: tuple[_Line, ...], parts: Mapping[str, object]) -> Iterator[Any]:
+    """Read each line in the parts, by stream; a part that this process lacks is None."""
+    for line in lines:
         kind = CounterMetricFamily if line.name.endswith("_total") else GaugeMetricFamily
         family = kind(f"sidecar_{line.name}", line.says, labels=["stream"])
-        family.add_metric(stream, float(value))
-        yield family
+        for stream, part in parts.items():
+            value = None if part is None else line.read(part)
+            if value is not None:
+                family.add_metric([stream], float(value))
+        if family.samples:
+            yield family
 
 
-def _histogram(name: str, says: str, histogram: Histogram, stream: list[str]) -> HistogramMetricFamily:
+def _histogram(name: str, says: str, histogram: Histogram, stream: str) -> HistogramMetricFamily:
     buckets, below = [], 0
     for bound_us, count in zip(BOUNDS_US, histogram.counts, strict=False):
         below += count
         buckets.append((str(bound_us / 1e6), float(below)))
     buckets.append(("+Inf", float(below + histogram.counts[-1])))
     family = HistogramMetricFamily(name, says, labels=["stream"])
-    family.add_metric(stream, buckets, histogram.sum_us / 1e6)
+    family.add_metric([stream], buckets, histogram.sum_us / 1e6)
     return family
 
 

@@ -92,6 +92,11 @@ class Recorder:
         """Count the frames taken from the socket, of whatever kind."""
         return self._feed.frames_total
 
+    @property
+    def refused(self) -> str | None:
+        """Say why whoever answers as the engine is not listened to; None: he is, or nobody is there."""
+        return self._feed.refused
+
     def stop(self) -> None:
         """Take nothing more from the socket; `run` returns when what was taken is on disk."""
         self._stopping = True

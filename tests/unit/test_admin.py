@@ -18,9 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar import admin as admin_module
 from sidecar import page
 from sidecar.admin import CONNECTIONS_MAX, HEAD_BYTES_MAX, Admin
+from sidecar.late import Late, LateTape, decoded, late_path
 from sidecar.record import Recorder
-from sidecar.tape import Tape
+from sidecar.tape import Tape, write_settled
 from sidecar.watch import Watch
+from tests.streams import pack, trade_fields
 from tests.waiting import until
 
 TOKEN = "a-token-of-24-characters"
@@ -115,6 +117,10 @@ def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:
         assert families["sidecar_frames_received"].type == "counter"
         assert families["sidecar_tape_full"].samples[0].value == 0
         assert families["sidecar_tape_full"].samples[0].labels == {"stream": "main"}
+        assert families["sidecar_engine_not_trusted"].samples[0].value == 0
+        assert watch.recorder is not None
+        watch.recorder._feed.refused = "it hung up"
+        assert 'sidecar_engine_not_trusted{stream="main"} 1.0' in (await get(admin, "/metrics")).body
         assert "process_resident_memory_bytes" in families
         assert "sidecar_batches_in_flight" not in families, "a recorder alone does not settle"
         assert "sidecar_last_frame_timestamp_seconds" not in families, "nothing was heard: no time is better than 1970"
@@ -122,6 +128,33 @@ def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:
         modern = await get(admin, "/metrics", "Accept: application/openmetrics-text; version=1.0.0")
         assert modern.headers["Content-Type"].startswith("application/openmetrics-text")
         assert modern.body.endswith("# EOF\n")
+
+    tell(tmp_path, story)
+
+
+def test_late_streams_have_their_numbers_beside_the_engines_own(tmp_path: Path) -> None:
+    async def story(admin: Admin, watch: Watch) -> None:
+        posted = LateTape(watch.tape_path)
+        posted.append("main/late", [Late(decoded(pack(trade_fields(n))), "btc_usdt") for n in (7, 9)])  # type: ignore[arg-type]
+        posted.close()
+        write_settled(late_path(watch.tape_path), {"state": "running", "acked": 1, "durable": 0, "halted": None})
+        await watch.look()
+        body = (await get(admin, "/metrics")).body
+        said = {
+            (sample.name, frozenset(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(body)
+            for sample in family.samples
+        }
+
+        def late(name: str, *more: str) -> float | None:
+            return said.get((f"sidecar_{name}", frozenset({"main/late", *more})))
+
+        assert (late("taped_sequence"), late("acked_sequence"), late("durable_sequence")) == (2, 1, 0)
+        assert (late("lag_events"), late("holes")) == (1, None)
+        assert [late("state", name) for name in ("running", "waiting", "halted")] == [1, 0, 0]
+        assert said["sidecar_taped_sequence", frozenset({"main"})] == 0
+        for name in ("sidecar_taped_sequence", "sidecar_state"):
+            assert body.count(f"# HELP {name} ") == 1, "one family, whatever streams there are"
 
     tell(tmp_path, story)
 

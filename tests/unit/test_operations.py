@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.config import load
-from sidecar.metrics import PROVING, RECORDING, SETTLING, STANDING
+from sidecar.metrics import POSITIONS, PROVING, RECORDING, SETTLING, STANDING
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNBOOK = (ROOT / "OPERATIONS.md").read_text()
@@ -23,7 +23,9 @@ UNITS = sorted((ROOT / "scripts/systemd").glob("*.service"))
 ALERTS = re.findall(r"- alert: (\w+)", RULES.read_text())
 EXPOSURE_MAX = 1.5  # of systemd-analyze security: 10 is an open door
 
-METRICS = {f"sidecar_{line.name}" for lines in (PROVING, RECORDING, SETTLING, STANDING) for line in lines} | {
+METRICS = {
+    f"sidecar_{line.name}" for lines in (POSITIONS, PROVING, RECORDING, SETTLING, STANDING) for line in lines
+} | {
     *("sidecar_state", "sidecar_halted", "sidecar_build_info"),
     *("sidecar_acknowledge_seconds_bucket", "sidecar_engine_to_acknowledge_seconds_bucket"),
 }
