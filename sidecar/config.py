@@ -145,6 +145,21 @@ def _path(*, optional: bool = False) -> _Rule:
     return _Rule("the path of a file (~ is not expanded)" + (', or "" for none' if optional else ""), take)
 
 
+def _paths() -> _Rule:
+    one = _path()
+
+    def take(value: object) -> tuple[object, ...]:
+        if not isinstance(value, list):
+            raise ValueError  # noqa: TRY004 - as every rule
+        return tuple(one.take(path) for path in value)
+
+    return _Rule("a list of paths of files (~ is not expanded), [] for none", take, _parts)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
 def _optional_text(allowed: str) -> _Rule:
     def take(value: object) -> str | None:
         if not isinstance(value, str) or not value.isprintable():
@@ -196,11 +211,7 @@ def _hosts() -> _Rule:
             raise ValueError
         return tuple(value)
 
-    return _Rule(
-        "a list of different host names or addresses, at least one, without ports",
-        take,
-        lambda text: [part.strip() for part in text.split(",")],
-    )
+    return _Rule("a list of different host names or addresses, at least one, without ports", take, _parts)
 
 
 def host_and_port(listen: str) -> tuple[str, int]:
@@ -281,6 +292,7 @@ class ReplayServerSection:
     endpoint: str = _key(_ENDPOINT)
     answers_per_s_max: int = _key(_integer(1, 10_000, "answers"), 50)
     curve_key_file: Path | None = _key(_path(optional=True), None)
+    curve_client_key_files: tuple[Path, ...] = _key(_paths(), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -748,6 +760,13 @@ class _Reading:
                 self.mistakes.append(
                     f"{key} = {_shown(str(file))}: allowed is only together with engine.curve_key_file"
                 )
+        served = config.replay_server
+        if served is not None and served.curve_client_key_files and served.curve_key_file is None:
+            some = _shown([str(file) for file in served.curve_client_key_files])
+            self.mistakes.append(
+                f"replay_server.curve_client_key_files = {some}: allowed is only together with "
+                "replay_server.curve_key_file"
+            )
         if own is not None and not named:
             self.mistakes.append(
                 f"engine.curve_key_file = {_shown(str(own))}: allowed is only together with {' or '.join(servers)}"

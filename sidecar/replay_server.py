@@ -38,9 +38,14 @@ class ReplayServer:
         endpoint: str,
         answers_per_s_max: int,
         secure: Callable[[Any], None] = lambda _: None,
+        clients: frozenset[bytes] = frozenset(),
     ) -> None:
-        """Take the tape, the stream it is of, where to bind (with the keys of `secure`), and how much may be asked."""
+        """Take the tape, the stream it is of, where to bind (with the keys of `secure`), and how much may be asked.
+
+        `clients` are the public keys that may ask; none: whoever knows ours.
+        """
         self._secure = secure
+        self._clients = clients
         self.counts: Counter[str] = Counter()
         self._tape_path = tape_path
         self._stream = stream
@@ -58,7 +63,7 @@ class ReplayServer:
     async def run(self) -> None:
         """Serve until `stop`. Raises SidecarError when the endpoint can't be bound."""
         self._running = asyncio.current_task()
-        router = Router(self._endpoint, replay.REQUEST_BYTES_MAX, self._secure)
+        router = Router(self._endpoint, replay.REQUEST_BYTES_MAX, self._secure, self._clients)
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
         log.info("replay_served", extra={"endpoint": self._endpoint})

@@ -167,6 +167,7 @@ def make_replay_server(config: Config, served: ReplayServerSection) -> ReplaySer
         endpoint=served.endpoint,
         answers_per_s_max=served.answers_per_s_max,
         secure=trust.plain if served.curve_key_file is None else trust.as_server(secret_path(served.curve_key_file)),
+        clients=frozenset(trust.read_keys(path).public for path in served.curve_client_key_files),
     )
 
 

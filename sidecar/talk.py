@@ -3,21 +3,32 @@
 Both are bounded in what they hold: a few messages, each of a size that libzmq itself enforces by hanging up. A DEALER
 that was hung up on, or heard nothing, is thrown away: the next question goes out on a new one, so that no old answer
 can come after it.
+
+A ROUTER with keys may be told which clients' keys it lets in. libzmq asks for that on a socket of the ROUTER's own
+context (ZAP, https://rfc.zeromq.org/spec/27) at each handshake; as long as nobody answers there, nobody gets in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 import zmq
 import zmq.asyncio
+from zmq.utils import z85
 
 from sidecar.errors import SidecarError
 
+log = logging.getLogger(__name__)
+
 MESSAGES_MAX: Final = 16  # that wait in a socket, each way and for each peer
+REFUSED_TOLD_MAX: Final = (
+    100  # keys that were not let in and are named in the log; whoever brings more has made them up
+)
+_NEXT_STEP: Final = "a sidecar of yours? name its public key's file in replay_server.curve_client_key_files"
 
 
 class Dealer:
@@ -81,12 +92,53 @@ class Dealer:
             self._context = None
 
 
+class Door:
+    """Lets in the holders of some keys (CURVE has proved by then that they hold them), nobody else."""
+
+    def __init__(self, context: zmq.asyncio.Context, clients: frozenset[bytes]) -> None:
+        """Take the public keys, as Z85 texts; only then may the socket that it is for be bound."""
+        self._clients = clients
+        self._told: set[bytes] = set()  # whose refusal was logged: each of them tries again and again
+        self._socket: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind("inproc://zeromq.zap.01")
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.fileno(), self._answer)
+
+    def _answer(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                version, number, _, address, _, mechanism, *proved = self._socket.recv_multipart(zmq.NOBLOCK)
+                key = z85.encode(proved[0]) if mechanism == b"CURVE" else b""
+                answer = (b"200", b"") if key in self._clients else (b"400", b"not one of our clients")
+                self._socket.send_multipart([version, number, *answer, b"", b""])
+                if key not in self._clients and key not in self._told and len(self._told) < REFUSED_TOLD_MAX:
+                    self._told.add(key)
+                    said = {"address": address.decode(errors="replace"), "public_key": key.decode()}
+                    log.warning("replay_client_refused", extra=said | {"next_step": _NEXT_STEP})
+
+    def close(self) -> None:
+        """Answer nobody more; the socket that it is for must be closed by then."""
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+
+
 class Router:
     """The side that answers."""
 
-    def __init__(self, endpoint: str, message_bytes_max: int, secure: Callable[[Any], None] = lambda _: None) -> None:
-        """Bind, with the keys that `secure` gives. Raises SidecarError when that can't be."""
+    def __init__(
+        self,
+        endpoint: str,
+        message_bytes_max: int,
+        secure: Callable[[Any], None] = lambda _: None,
+        clients: frozenset[bytes] = frozenset(),
+    ) -> None:
+        """Bind, with the keys that `secure` gives. Raises SidecarError when that can't be.
+
+        `clients` are the public keys that are let in; none: whoever knows ours.
+        """
         self._context = zmq.asyncio.Context(1)
+        self._door = Door(self._context, clients) if clients else None
         self._socket = self._context.socket(zmq.ROUTER)
         options = {
             zmq.LINGER: 0,
@@ -116,4 +168,6 @@ class Router:
     def close(self) -> None:
         """Let everything go."""
         self._socket.close()
+        if self._door is not None:
+            self._door.close()
         self._context.term()

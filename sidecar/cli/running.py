@@ -43,7 +43,8 @@ recording never waits for the database, and goes on while settlement is halted: 
 SIGTERM: nothing more is taken, what is under way is finished under pipeline.shutdown_timeout_s, exit 0.
 """
 _KEYGEN = """\
-NAME.key         the public key, for the other end: its file is what curve_server_key_file names there
+NAME.key         the public key, for the other end: its file is what curve_server_key_file names there, or a replay
+                 server's curve_client_key_files
 NAME.key_secret  both keys, for their owner: curve_key_file; an engine in Python or C reads the same files
 nothing is overwritten. one pair for the engine, one for the sidecar: `sidecar keygen engine`, `sidecar keygen sidecar`
 """

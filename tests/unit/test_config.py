@@ -138,6 +138,17 @@ def test_nobody_asks_himself_for_the_past() -> None:
         parse(both.format(1))
 
 
+def test_who_may_ask_is_named_only_where_keys_prove_it() -> None:
+    text, names = LEAST + '[replay_server]\nendpoint = "tcp://h:1"\n', "replay_server.curve_client_key_files="
+    with_keys = [names + "a.key, b.key", "replay_server.curve_key_file=k"]
+    served = parse(text, with_keys).replay_server
+    assert served is not None
+    assert served.curve_client_key_files == (Path("a.key"), Path("b.key"))
+    assert "only together with replay_server.curve_key_file" in mistake(text, names + "a.key")
+    assert "allowed is a list of paths" in mistake(text, names + "a,~b", with_keys[1])
+    assert "allowed is a list of paths" in mistake(text + "curve_client_key_files = 'a.key'")
+
+
 def test_rules_are_what_the_decision_log_holds() -> None:
     assert parse(LEAST + "[fees]\nrevenue_user_id = 9").rules() == {
         "assets": DEFAULTS["assets"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import stat
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ import pytest
 import zmq
 from zmq.auth import create_certificates, load_certificate
 
+from bench.world import free_port
 from sidecar import trust
 from sidecar.cli import main
+from sidecar.config import parse
 from sidecar.errors import KeyFileError
 from sidecar.feed import Feed
+from sidecar.service import make_replay_server
 from sidecar.talk import Dealer, Router
+from tests.streams import RULES_TOML
+from tests.waiting import until
 
 
 def pair(folder: Path, name: str) -> tuple[Path, Path]:
@@ -183,26 +190,110 @@ def test_who_could_take_the_place_of_an_ipc_path(mode: int, found: list[bool], t
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 
+async def _asked(endpoint: str, client: trust.Secure, wait_s: float) -> bytes | None:
+    dealer = Dealer(endpoint, 1_000, client)
+    try:
+        await dealer.send(b"hello")
+        return await dealer.receive(asyncio.get_running_loop().time() + wait_s)
+    finally:
+        dealer.close()
+
+
+@contextlib.asynccontextmanager
+async def answering(endpoint: str, server: trust.Secure, clients: Iterable[Path] = ()) -> AsyncIterator[None]:
+    router = Router(endpoint, 1_000, server, frozenset(trust.read_keys(path).public for path in clients))
+
+    async def answer() -> None:
+        while True:
+            peer, message = await router.receive()
+            await router.send(peer, message + b"!")
+
+    running = asyncio.create_task(answer())
+    try:
+        yield
+    finally:
+        running.cancel()
+        router.close()
+
+
 @pytest.mark.parametrize("known, answered", [("server", True), ("other", False)])
 def test_replay_is_answered_to_those_who_know_the_key(known: str, answered: bool, tmp_path: Path) -> None:
     files = {name: pair(tmp_path, name) for name in ("server", "other", "sidecar")}
     endpoint = f"ipc://{tmp_path}/replay.ipc"
 
     async def story() -> bytes | None:
-        router = Router(endpoint, 1_000, trust.as_server(files["server"][1]))
-        dealer = Dealer(endpoint, 1_000, trust.as_client(files[known][0], files["sidecar"][1]))
-
-        async def answer() -> None:
-            peer, message = await router.receive()
-            await router.send(peer, message + b"!")
-
-        answering = asyncio.create_task(answer())
-        try:
-            await dealer.send(b"hello")
-            return await dealer.receive(asyncio.get_running_loop().time() + (20 if answered else 1))
-        finally:
-            answering.cancel()
-            dealer.close()
-            router.close()
+        async with answering(endpoint, trust.as_server(files["server"][1])):
+            return await _asked(endpoint, trust.as_client(files[known][0], files["sidecar"][1]), 20 if answered else 1)
 
     assert asyncio.run(story()) == (b"hello!" if answered else None)
+
+
+@pytest.mark.parametrize("endpoint", ["ipc://{folder}/replay.ipc", "tcp://127.0.0.1:{port}"])
+def test_replay_is_answered_only_to_those_who_are_named(
+    endpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    files = {name: pair(tmp_path, name) for name in ("server", "one", "two", "stranger")}
+    endpoint = endpoint.format(folder=tmp_path, port=free_port())
+
+    def of(name: str) -> trust.Secure:
+        return trust.as_client(files["server"][0], files[name][1])
+
+    async def story() -> None:
+        named = [files[name][0] for name in ("one", "two")]
+        async with answering(endpoint, trust.as_server(files["server"][1]), named):
+            stranger = asyncio.create_task(_asked(endpoint, of("stranger"), 1.0))  # tries to connect again and again
+            assert await _asked(endpoint, of("one"), 20) == b"hello!"
+            assert await _asked(endpoint, of("two"), 20) == b"hello!"
+            await until(lambda: refused(caplog))
+            assert await stranger is None
+            assert await _asked(endpoint, of("stranger"), 0.3) is None
+            assert await _asked(endpoint, trust.plain, 0.3) is None
+            assert await _asked(endpoint, of("one"), 20) == b"hello!"
+        async with answering(endpoint, trust.as_server(files["server"][1])):  # without names: who knows the key
+            assert await _asked(endpoint, of("stranger"), 20) == b"hello!"
+
+    asyncio.run(story())
+    (told,) = refused(caplog)
+    assert told["public_key"] == trust.read_keys(files["stranger"][0]).public.decode()
+    assert "curve_client_key_files" in told["next_step"]
+
+
+def refused(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [record.__dict__ for record in caplog.records if record.message == "replay_client_refused"]
+
+
+def test_keys_that_somebody_makes_up_do_not_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("sidecar.talk.REFUSED_TOLD_MAX", 3)
+    files = {name: pair(tmp_path, name) for name in ("server", "one", *map(str, range(6)))}
+    endpoint = f"ipc://{tmp_path}/replay.ipc"
+
+    async def story() -> None:
+        async with answering(endpoint, trust.as_server(files["server"][1]), [files["one"][0]]):
+            asking = [_asked(endpoint, trust.as_client(files["server"][0], files[str(n)][1]), 0.7) for n in range(6)]
+            assert await asyncio.gather(until(lambda: refused(caplog)), *asking) == [None] * 7
+
+    asyncio.run(story())
+    assert len(refused(caplog)) <= 3
+
+
+def test_the_configured_clients_are_the_ones_let_in(tmp_path: Path) -> None:
+    files = {name: pair(tmp_path, name) for name in ("server", "one", "two")}
+    text = f'''{RULES_TOML}
+[replay_server]
+endpoint = "ipc://{tmp_path}/replay.ipc"
+curve_key_file = "{files["server"][1]}"'''
+    for names in (["one", "two"], ["one"], []):
+        config = parse(
+            text, [f"replay_server.curve_client_key_files={','.join(str(files[name][0]) for name in names)}"]
+        )
+        assert config.replay_server is not None
+        named = {trust.read_keys(files[name][0]).public for name in names}
+        assert make_replay_server(config, config.replay_server)._clients == named
+    config = parse(text, ["replay_server.curve_client_key_files=none.key"])
+    assert config.replay_server is not None
+    with pytest.raises(KeyFileError, match=r"none\.key: can't be read"):
+        make_replay_server(config, config.replay_server)
