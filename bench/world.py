@@ -133,6 +133,18 @@ class World:
             return {}
         return said
 
+    def until_halted(self, what: str, code: str | None = None, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Wait until settlement has halted (by this code); give what `status` says of it."""
+
+        def halted() -> dict[str, Any] | None:
+            if not self.said().get("halted"):  # `status` is a process of its own: only where there is something to say
+                return None
+            said: dict[str, Any] = self.status()
+            return said if said["halted"] and code in {None, said["halted"]["code"]} else None
+
+        given: dict[str, Any] = until(halted, what, timeout_s)
+        return given
+
     def until_acked(self, sequence: int, timeout_s: float = 60.0, tape: str = "tape.db") -> None:
         until(lambda: self.said(tape).get("acked", 0) >= sequence, f"acked {sequence}: {self.said(tape)}", timeout_s)
 

@@ -110,7 +110,7 @@ def test_the_stream_that_goes_on_after_another_has_its_opening_balances_already(
         assert world.verb("import-balances", str(file), status=0)["state"] == "imported"
         begun_anew = ["--count", "300", "--seed", "9", "--no-deposits", "--first-trade-id", "900000"]
         world.engine(*begun_anew, journal=tmp_path / "other.jsonl").result()
-        until(lambda: (world.status()["halted"] or {}).get("code") == "SESSION_CHANGED", "it halts", 30)
+        world.until_halted("it halts", "SESSION_CHANGED")
         world.verb("stream", "next", "second", status=0)
         until(lambda: world.said().get("stream") == "second", "it goes on")
         again = world.verb("import-balances", str(file), status=0)

@@ -54,7 +54,7 @@ def test_a_gap_found_in_an_archive_and_rejected_events_made_valid(tmp_path: Path
         run = world.start("run")
         withheld = [word for n in range(700, 711) for word in ("--withhold", str(n))]
         world.engine("--count", "1000", "--wrong-field", "500:quantity=abc", *withheld).result()
-        until(lambda: (world.status()["halted"] or {}).get("code") == "GAP", "it halts", 30)
+        world.until_halted("it halts", "GAP")
         archive = _archive(world, [*range(650, 720)])
         early = world.verb("backfill", str(archive), status=1)
         assert (early["posted"], early["open_holes"]) == (0, [[700, 710]])
@@ -119,7 +119,7 @@ def test_a_backfill_that_is_killed_again_and_again_posts_everything_once(tmp_pat
         run = world.start("run")
         withheld = [word for n in range(1_000, 3_600) for word in ("--withhold", str(n))]
         world.engine("--count", "4000", *withheld).result()
-        until(lambda: (world.status()["halted"] or {}).get("code") == "GAP", "it halts", 30)
+        world.until_halted("it halts", "GAP")
         world.verb("gap", "accept", "1000", "3599", "--reason", "lost", status=0)
         world.until_acked(4000)
         archive = _archive(world, list(range(1_000, 3_600)))
@@ -167,7 +167,7 @@ def test_the_tape_of_another_host_fills_gaps_and_another_late_tape_numbers_nothi
         journal = tmp_path / "again.jsonl"
         withheld = [word for n in (100, *range(500, 520)) for word in ("--withhold", str(n))]
         world.engine("--count", "2000", *withheld, journal=journal).result()
-        until(lambda: (world.status()["halted"] or {}).get("code") == "GAP", "it halts", 30)
+        world.until_halted("it halts", "GAP")
         for gap in ("100", "100"), ("500", "519"):
             world.verb("gap", "accept", *gap, "--reason", "lost", status=0)
         world.until_acked(2000)

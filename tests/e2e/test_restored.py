@@ -57,7 +57,7 @@ def test_what_the_tape_has_deleted_is_named_and_comes_in_late(tmp_path: Path) ->
         assert run.term() == 0
         _restore(world)
         run = world.start("run", log="restored.log")
-        halted = until(lambda: world.status()["halted"], "it halts")
+        halted = world.until_halted("it halts")["halted"]
         assert (halted["code"], halted["sequence"]) == ("GAP", 801)
         assert "sequences 801 to 2000 were settled, durable and deleted from this tape" in halted["reason"]
         assert "sidecar gap accept 801 2000" in halted["next_step"]

@@ -36,7 +36,7 @@ def test_look_ups_and_decisions(tmp_path: Path, under_test: StoreUnderTest) -> N
         faults = ["--wrong-field", "500:quantity=abc", "--corrupt", "700", "--wrong-field", "800:base_asset=77"]
         world.engine("--count", "1000", *faults).result()
 
-        said = until(lambda: (s := world.status())["halted"] and s, "it halts", 30)
+        said = world.until_halted("it halts")
         assert set(said) >= {
             "stream", "state", "halted", "session", "taped", "acked", "durable", "lag_events", "holes", "rejected",
             "malformed",
@@ -48,7 +48,7 @@ def test_look_ups_and_decisions(tmp_path: Path, under_test: StoreUnderTest) -> N
         assert world.verb("gap", "accept", "699", "700", "--reason", "no", status=1)["error"] == "DecisionRefusedError"
         assert world.verb("gap", "accept", "700", "700", "--reason", "garbage", status=0)["kind"] == "gap"
 
-        until(lambda: (world.status()["halted"] or {}).get("code") == "UNKNOWN_SYMBOL", "it halts again", 30)
+        world.until_halted("it halts again", "UNKNOWN_SYMBOL")
         assert world.verb("reject", "800", "--reason", "no such asset", status=0)["kind"] == "reject"
         world.until_acked(1000)
         until(lambda: world.status()["state"] == "running", "it runs", 30)

@@ -220,7 +220,7 @@ def test_f30_table_altered_or_dropped_beneath(world: World, fault: Fault, own_no
     assert world.said()["halted"] is None
     own_node.cql(f"DROP TABLE {keyspace}.settled_trades_eth_usdt")
     fault.strike()
-    said = until(lambda: (s := world.status())["halted"] and s, "it halts")
+    said = world.until_halted("it halts")
     assert said["halted"]["code"] == "STORE_REFUSED"
     assert "schema apply" in said["halted"]["reason"]
     until(lambda: taped(world) > said["taped"] + RATE, "recording goes on")

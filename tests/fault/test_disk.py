@@ -96,9 +96,9 @@ def test_f20_flipped_bit(tmp_path: Path, seed: int, fault: Fault) -> None:
         fault.strike()
         world.verb("resume", status=0)
         run = world.start("run", log="damaged.log")
-        said = until(lambda: (s := world.status())["halted"] and s, "it halts")
+        said = world.until_halted("it halts")
         assert (said["halted"]["code"], said["halted"]["sequence"]) == ("TAPE_DAMAGED", sequence)
-        until(lambda: world.status()["acked"] == sequence - 1, "what stands before it is settled")
+        until(lambda: world.said().get("acked") == sequence - 1, "what stands before it is settled")
         _again_from_1(world, 3_000).result()
         until(lambda: taped(world) == 3_000, "recording goes on")
         assert world.status()["sessions"] == 1, "the damage is the tape's, not a new session of the engine"

@@ -186,11 +186,11 @@ def test_f17_ipc_path_taken_over(tmp_path: Path, fault: Fault) -> None:
         assert run.term() == 0
         stood = int(world.said()["acked"])
         run = world.start("run", log="again.log")
-        said = until(lambda: (s := world.status())["halted"] and s, "it hears somebody else, and halts")
+        said = world.until_halted("it hears somebody else, and halts")
         assert (said["halted"]["code"], said["sessions"]) == ("SESSION_CHANGED", 2)
         heard = world.verb("tape", "info", status=0)["sessions"][0]["head"]
         assert heard >= stood
-        until(lambda: world.status()["acked"] == heard, "what the engine had said is settled, nothing else")
+        until(lambda: world.said().get("acked") == heard, "what the engine had said is settled, nothing else")
         thief.kill()
         engine.signal(signal.SIGTERM)
         last = engine.result()["last_sequence"]

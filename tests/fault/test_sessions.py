@@ -165,7 +165,7 @@ def test_f36_symbol_added_between_lives(tmp_path: Path, fault: Fault) -> None:
         with_it, world.toml = world.toml, ROOT / "bench" / "binance.toml"
         run = world.start("run")
         engine = world.engine("--count", "3000", rate=1_500)
-        halted = until(lambda: world.status()["halted"], "it halts at the symbol it doesn't know", 30)
+        halted = world.until_halted("it halts at the symbol it doesn't know")["halted"]
         assert halted["code"] in ("UNKNOWN_SYMBOL", "UNKNOWN_ASSET")
         stood = halted["sequence"] - 1
         world.until_acked(stood)
