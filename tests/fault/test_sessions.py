@@ -44,11 +44,7 @@ def _closes(fault: Fault, world: World, run: Process, before: int, *judged: Sequ
 
 
 def _halts(world: World, code: str = "SESSION_CHANGED") -> dict[str, Any]:
-    def says() -> Any:
-        halted = world.status()["halted"]
-        return halted if halted and halted["code"] == code else None
-
-    halted: dict[str, Any] = until(says, f"{code}: {world.said()}", 30)
+    halted: dict[str, Any] = world.until_halted(f"{code}: {world.said()}", code)["halted"]
     return halted
 
 
