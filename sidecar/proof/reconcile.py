@@ -60,7 +60,8 @@ class Pace:
     def bounded(cls, rate_rows_s: float) -> Pace:
         """Give the pace of a rate; 0: as fast as it goes, in large pages.
 
-        Whoever bounds the rate has settlement beside the proof, which waits for as long as the node reads a page.
+        Whoever bounds the rate has settlement beside the proof, which waits for as long as the node reads a page. (What
+        the rows cost the node beyond that is garbage: on a small heap its collector's pauses are settlement's p99.)
         """
         return cls(rate_rows_s=rate_rows_s, rows_a_page=ROWS_A_PAGE_BESIDE if rate_rows_s else SCAN_ROWS)
 
