@@ -4,10 +4,13 @@ It shares no code with the sidecar: it is written from the contract alone (verdi
 dictionaries and loops, so that a mistake of the sidecar is not repeated here. It reads the journal of
 `bench/engine.py`, and a store as any client would.
 
-Compared are, for one stream: every column of every trade and ledger event, code and payload of every rejected event,
-every balance with its version, last_sequence and updated_at; that there is no row besides, no trade twice and no other
-stream; that the store's own balances sum to its own deposits - withdrawals + adjustments; that the gaps it decided
-are those which the judge was told of; that its positions are not ahead of the journal. One difference: exit 1.
+Compared are, for each stream whose journal it gets: every column of every trade and ledger event, code and payload of
+every rejected event, every balance with its version, last_sequence and updated_at; that there is no row besides, no
+trade twice and no other stream; that the store's own balances sum to its own deposits - withdrawals + adjustments; that
+the gaps it decided are those which the judge was told of; that its positions are not ahead of the journal. With several
+engines' journals (--beside) also: that each user's balance, summed over all streams of the store, is the sum over all
+journals. Engines number their trades for themselves: one id on two engines' streams is two trades. One difference: exit
+1.
 
 An event that can't be settled without an operator (unknown asset, balance overflow) ends the fold, as it halts
 settlement: the store must then hold what was before it, and nothing else.
@@ -527,18 +530,24 @@ def open_store(url: str) -> Store:
 class Comparison:
     """Compares a store with a fold and collects the differences."""
 
-    def __init__(self, store: Store, fold: Fold, stream: str, also_streams: Iterable[str] = ()) -> None:
-        """Take what is to be compared; rows of `also_streams` are allowed, others are differences."""
+    def __init__(
+        self, store: Store, fold: Fold, stream: str, also_streams: Iterable[str] = (), engines: Iterable[str] = ()
+    ) -> None:
+        """Take what is to be compared; rows of `also_streams` are allowed, others are differences.
+
+        `engines` are streams of other engines, which are compared with journals of their own.
+        """
         self._store = store
         self._fold = fold
         self._stream = stream
-        self._also_streams = set(also_streams)
+        self._engines = set(engines)
+        self._also_streams = self._engines | set(also_streams)
         self._tables = store.tables()
         self._strange: Counter[tuple[str, str]] = Counter()
         self._sums: Counter[int] = (
             Counter()
         )  # by asset: balances less deposits, withdrawals and adjustments, all as stored
-        self._totals: Counter[tuple[int, int]] = Counter()  # by account, over all streams
+        self.totals: Counter[tuple[int, int]] = Counter()  # by account, over all streams
         self.rows_compared = self.balances_equal = self.difference_count = 0
         self.differences: list[dict[str, Any]] = []
 
@@ -568,12 +577,12 @@ class Comparison:
         listed = set()
         for user, asset, amount in final:
             listed.add((user, asset))
-            actual = self._totals.get((user, asset))
+            actual = self.totals.get((user, asset))
             if actual == amount:
                 equal += 1
             else:
                 self.difference("FINAL_BALANCE", user_id=user, asset_id=asset, expected=amount, actual=actual)
-        for (user, asset), actual in self._totals.items():
+        for (user, asset), actual in self.totals.items():
             if actual and (user, asset) not in listed:
                 self.difference("FINAL_BALANCE", user_id=user, asset_id=asset, expected=None, actual=actual)
         return equal
@@ -610,7 +619,7 @@ class Comparison:
             for stream, row in self._rows(table, TRADE_COLUMNS):
                 trade_id = row[1]
                 if stream != self._stream:
-                    if trade_id in expected_rows:
+                    if trade_id in expected_rows and stream not in self._engines:
                         self.difference("TRADE_TWICE", table=table, key=trade_id, stream=stream)
                     continue
                 self.rows_compared += 1
@@ -664,7 +673,7 @@ class Comparison:
         missing = self._fold.accounts.copy()
         for stream, row in self._rows(table, BALANCE_COLUMNS):
             user, asset, available, *_ = row
-            self._totals[user, asset] += available
+            self.totals[user, asset] += available
             if stream != self._stream:
                 continue
             self.rows_compared += 1
@@ -793,6 +802,13 @@ def _rejection(text: str) -> tuple[int, str]:
     return int(sequence), code
 
 
+def _engine(text: str) -> tuple[str, Path]:
+    stream, _, journal = text.partition("=")
+    if not stream or not journal:
+        raise argparse.ArgumentTypeError(f"{text}: wanted STREAM=FILE")
+    return stream, Path(journal)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench/judge.py",
@@ -805,6 +821,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--rules", type=Path, required=True, metavar="FILE", help="assets and symbols, see below")
     add("--store", required=True, metavar="STORE", help="sqlite:PATH or cassandra:HOST:PORT/KEYSPACE")
     add("--stream", default="main", help="the stream to judge (default main)")
+    add(
+        "--beside",
+        type=_engine,
+        action="append",
+        default=[],
+        metavar="STREAM=FILE",
+        help="another engine's stream and its journal, judged as well; balances are sums over all of them",
+    )
+    add("--sums", type=Path, metavar="FILE", help="write each user's summed balances, [[user, asset, amount], ...]")
     add(
         "--also-stream",
         action="append",
@@ -853,49 +878,97 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def judge(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the report; errors of files, JSON and stores pass through."""
-    late = args.origins is not None
-    fold = Fold(Rules(json.loads(args.rules.read_text())), rejected=dict(args.rejected), late=late)
-    journal = Journal(
-        args.journal, run=args.run, first_sequence=args.first_sequence, up_to=args.up_to, gaps=args.accepted_gaps
-    )
+class Folded(NamedTuple):
+    """One stream as its journal says it must be."""
+
+    stream: str
+    fold: Fold
+    journal: Journal
+    gaps: list[tuple[int, int]]
+    halted: dict[str, Any] | None  # by which event, where settlement can't go on without an operator
+
+    @property
+    def next_sequence(self) -> int:
+        """The sequence after the last one that can be settled."""
+        return self.halted["sequence"] if self.halted else self.journal.next_sequence
+
+
+def fold_stream(
+    stream: str, fold: Fold, journal: Journal, events: Iterable[Event], *, gaps: list[tuple[int, int]], late: bool
+) -> Folded:
+    """Fold a stream's events up to the one at which settlement halts."""
     halted: dict[str, Any] | None = None
-    next_sequence = None
-    events = journal.late_events(args.origins, args.corrected) if late else journal.events()
     for number, event in enumerate(events, 1):
         if halted is None:
             try:
                 fold.add(event, number if late else None)
             except Halt as halt:
-                next_sequence = event["output_sequence"]
-                halted = {"sequence": next_sequence, "code": str(halt)}
+                halted = {"sequence": event["output_sequence"], "code": str(halt)}
         if fold.events % 100_000 == 0 and sys.stderr.isatty():
             print(f"judge: {fold.events:,} events folded", file=sys.stderr)
+    return Folded(stream, fold, journal, gaps, halted)
+
+
+def _folded(args: argparse.Namespace) -> list[Folded]:
+    """Fold every stream that is judged, first the one that all options are about."""
+    late = args.origins is not None
+    rules = Rules(json.loads(args.rules.read_text()))
+    fold = Fold(rules, rejected=dict(args.rejected), late=late)
+    journal = Journal(
+        args.journal, run=args.run, first_sequence=args.first_sequence, up_to=args.up_to, gaps=args.accepted_gaps
+    )
+    events = journal.late_events(args.origins, args.corrected) if late else journal.events()
+    folded = [fold_stream(args.stream, fold, journal, events, gaps=args.accepted_gaps, late=late)]
+    for stream, path in args.beside:
+        journal = Journal(path, run=1, first_sequence=1, up_to=None, gaps=[])
+        folded.append(fold_stream(stream, Fold(rules), journal, journal.events(), gaps=[], late=False))
+    return folded
+
+
+def judge(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the report; errors of files, JSON and stores pass through."""
+    folded = _folded(args)
+    first = folded[0]
+    streams = {one.stream for one in folded}
+    if len(streams) < len(folded):
+        raise ValueError(f"--beside: {', '.join(one.stream for one in folded)}: each stream once")
+    sums: Counter[tuple[int, int]] = Counter()
+    for one in folded:
+        for account, row in one.fold.accounts.items():
+            sums[account] += row.available
+    compared = []
     with closing(open_store(args.store)) as store:
-        comparison = Comparison(store, fold, args.stream, args.also_stream)
-        for what, sequence in journal.faults:
-            comparison.difference(what, sequence=sequence)
-        comparison.run(gaps=args.accepted_gaps, next_sequence=next_sequence or journal.next_sequence)
-    balances, balances_equal = len(fold.accounts), comparison.balances_equal
+        for one in folded:
+            comparison = Comparison(store, one.fold, one.stream, args.also_stream, streams - {one.stream})
+            for what, sequence in one.journal.faults:
+                comparison.difference(what, sequence=sequence)
+            comparison.run(gaps=one.gaps, next_sequence=one.next_sequence)
+            compared.append(comparison)
+    final = [[*account, amount] for account, amount in sorted(sums.items())]
+    if args.sums:
+        args.sums.write_text(json.dumps(final))
+    balances, balances_equal = len(first.fold.accounts), compared[0].balances_equal
     if args.balances:
         final = json.loads(args.balances.read_text())
-        balances, balances_equal = len(final), comparison.compare_final(final)
+    if args.balances or args.beside:
+        balances, balances_equal = len(final), compared[0].compare_final(final)
     report = {
-        "ok": comparison.difference_count == 0,
-        "trades": fold.trades,
-        "events": fold.events,
-        "rejected": len(fold.rejected),
-        "rows_compared": comparison.rows_compared,
+        "ok": not any(comparison.difference_count for comparison in compared),
+        "trades": sum(one.fold.trades for one in folded),
+        "events": sum(one.fold.events for one in folded),
+        "rejected": sum(len(one.fold.rejected) for one in folded),
+        "rows_compared": sum(comparison.rows_compared for comparison in compared),
         "balances_equal": balances_equal,
         "balances": balances,
-        "accounts": len(fold.accounts),
-        "halted": halted,
-        "differences": comparison.differences,
-        "difference_count": comparison.difference_count,
+        "accounts": sum(len(one.fold.accounts) for one in folded),
+        "halted": next((one.halted for one in folded if one.halted), None),
+        "differences": [difference for comparison in compared for difference in comparison.differences],
+        "difference_count": sum(comparison.difference_count for comparison in compared),
     }
+    if args.beside:
+        report["streams"] = {one.stream: one.fold.events for one in folded}
     if args.acks:
-        report |= measure_acks(args.acks, journal)
+        report |= measure_acks(args.acks, first.journal)
     return report
 
 

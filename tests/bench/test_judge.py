@@ -350,6 +350,64 @@ def test_a_late_stream_is_judged_by_its_origins(bench: Path, capsys: pytest.Capt
     assert ask(bench, capsys, "--also-stream", late)[0] == 0
 
 
+@pytest.fixture
+def two_engines(bench: Path) -> Path:
+    """The same store with a second engine's stream: users in common, and a trade whose id the first one has, too."""
+    write_journal(
+        bench / "journal-eu",
+        [transfer(1, "DEPOSIT", (1, 1), 70, created_at=7), trade(2, 25, (3, 1), price=100, quantity=20)],
+    )
+    with closing(sqlite3.connect(bench / "store")) as store:
+        store.execute("INSERT INTO ledger_events VALUES ('eu', 0, 1, 'DEPOSIT', 1, 1, 70, 60, 7, NULL)")
+        row = (2, 25, "eu", 2, 51, 52, 53, 3, 1, 1, 2, 100, 20, 20, None, None, 54, 55, 56, 57, 58, 59, 9, None, None)
+        store.execute(f"INSERT INTO settled_trades_btc_usdt VALUES ({', '.join('?' * len(row))})", row)
+        store.executemany(
+            "INSERT INTO user_balances VALUES (?, ?, 'eu', ?, ?, 2, 9000)",
+            [(1, 1, 50, 2), (1, 2, 20, 1), (3, 1, 20, 1), (3, 2, -20, 1)],
+        )
+        store.execute("INSERT INTO settlement_state VALUES ('eu', 'acked', 2, 1, '{}')")
+        store.commit()
+    return bench
+
+
+def test_several_engines_are_judged_by_their_journals_and_balances_are_sums(
+    two_engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sums = two_engines / "sums"
+    beside = ["--beside", f"eu={two_engines / 'journal-eu'}", "--sums", str(sums)]
+    code, report = ask(two_engines, capsys, *beside)
+    assert (code, report["differences"]) == (0, [])
+    assert (report["streams"], report["trades"], report["events"]) == ({"main": 9, "eu": 2}, 3, 11)
+    assert (report["balances_equal"], report["balances"], report["accounts"]) == (7, 7, 10)
+    assert json.loads(sums.read_text()) == [
+        [0, 1, 1], [1, 1, 392], [1, 2, 470], [2, 1, 150], [2, 2, 99_500], [3, 1, 25], [3, 2, -20]
+    ]  # fmt: skip
+    assert ask(two_engines, capsys)[0] == 1  # a stream that the judge was not told of
+
+
+@pytest.mark.parametrize(
+    "statement, what",
+    [
+        ("UPDATE settled_trades_btc_usdt SET price = 101 WHERE stream = 'eu'", {"VALUE"}),
+        ("DELETE FROM settled_trades_btc_usdt WHERE stream = 'eu'", {"MISSING_ROW"}),
+        ("UPDATE settled_trades_btc_usdt SET stream = 'main' WHERE stream = 'eu'", {"EXTRA_ROW", "MISSING_ROW"}),
+        (
+            "UPDATE user_balances SET available = 51 WHERE stream = 'eu' AND user_id = 1 AND asset_id = 1",
+            {"VALUE", "SUM_BY_ASSET", "FINAL_BALANCE"},
+        ),
+        ("INSERT INTO user_balances VALUES (1, 1, 'us', 1, 1, 1, 0)", {"STRANGE_STREAM", "FINAL_BALANCE"}),
+        ("UPDATE settlement_state SET sequence = 3 WHERE stream = 'eu'", {"POSITION_AHEAD"}),
+    ],
+)
+def test_what_is_wrong_with_any_engine_s_stream_is_told(
+    two_engines: Path, capsys: pytest.CaptureFixture[str], statement: str, what: set[str]
+) -> None:
+    change(two_engines, statement)
+    code, report = ask(two_engines, capsys, "--beside", f"eu={two_engines / 'journal-eu'}")
+    assert code == 1
+    assert {difference["what"] for difference in report["differences"]} == what
+
+
 def test_a_decision_rejects_what_would_have_been_settled(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(bench, "DELETE FROM ledger_events WHERE output_sequence = 10")
     change(bench, "DELETE FROM user_balances WHERE user_id = 3")
