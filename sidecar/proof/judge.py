@@ -41,7 +41,8 @@ def judge(part: Part, key: AccountKey, row: StampedBalance | None, fold: Fold, b
             verdict = _of_values(part, key, row, fold, base)
         if verdict is not None:
             verdicts.append(verdict)
-        if row.write_us >= part.next_stamp_us and (verdict is None or verdict[0] != "BALANCE_WITHOUT_EVENTS"):
+        is_known = is_checked and (verdict is None or verdict[0] != "BALANCE_WITHOUT_EVENTS")
+        if is_known and row.write_us >= part.next_stamp_us:
             detail = "its write time in us, and that of the next batch"
             verdicts.append(("FUTURE_STAMPED", part.next_stamp_us, row.write_us, row.last_sequence, detail))
     findings = [
