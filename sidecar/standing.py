@@ -26,14 +26,22 @@ def told_by_settler(path: Path, stream: str) -> dict[str, Any]:
 
 
 async def from_store(store: Store, stream: str, first_sequence: int) -> dict[str, Any]:
-    """Ask the store for positions, session, accepted gaps and the count of rejected events."""
+    """Ask the store for positions, session, accepted gaps, count of rejected events, and where all streams stand."""
     state = await store.load_state(stream)
     known: dict[str, Any] = {kind: position.sequence for kind, position in state.items()}
     agreed = await decisions.read_agreed(store, stream)
     if agreed is not None:
         known |= {"session": agreed.session, "gaps": agreed.gaps}
     first = agreed.first_sequence if agreed else first_sequence
-    return known | {"rejected": await count_rejected(store, stream, first, I63_MAX)}
+    known["rejected"] = await count_rejected(store, stream, first, I63_MAX)
+    return known | {"streams": {name: await _position(store, name) for name in await store.list_streams()}}
+
+
+async def _position(store: Store, stream: str) -> dict[str, Any]:
+    """Say how far a stream is settled, whoever settles it; `next`: the stream that goes on after it, once it ended."""
+    state, agreed = await store.load_state(stream), await decisions.read_agreed(store, stream)
+    positions = {kind: state[kind].sequence if kind in state else 0 for kind in ("acked", "durable")}
+    return {**positions, "next": agreed.next_stream if agreed else None}
 
 
 async def count_rejected(store: Store, stream: str, first: int, last: int) -> int:

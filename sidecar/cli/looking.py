@@ -138,7 +138,7 @@ def status_of(config: Config) -> dict[str, Any]:
     told = told_by_settler(config.tape.path, stream)
     replayed = config.replay is not None
     said = put_together(config.tape.path, stream, first_sequence, told, in_store, replay_configured=replayed)
-    return said | {"store": store_says}
+    return said | {"store": store_says, "streams": in_store.get("streams", {})}
 
 
 def _status_text(said: dict[str, Any]) -> str:
@@ -170,6 +170,11 @@ def _status_text(said: dict[str, Any]) -> str:
         lines.append(f"  late truths, {late['stream']}: taped {late['taped']}, acked {late['acked']}, {about}")
     if "tape" in said:
         lines.append(f"  {said['tape']}")
+    late = {late["stream"] for late in said["late"]}
+    for name, at in said["streams"].items():
+        if name != said["stream"] and name not in late:
+            ended = f", ended: {at['next']} goes on" if at["next"] else ""
+            lines.append(f"  stream {name} in this store: acked {at['acked']}, durable {at['durable']}{ended}")
     return "\n".join(lines)
 
 
@@ -207,12 +212,13 @@ def balance(given: argparse.Namespace) -> int:
         }
     said = {"user_id": given.user, "balances": list(balances.values())}
     lines = [
-        (one["asset"] or one["asset_id"], amount(one["total"], named.get(one["asset_id"], ("", 0))[1]), stream,
+        (one["asset"] or one["asset_id"], amount(one["total"], decimals), stream, amount(row["available"], decimals),
          row["version"], row["last_sequence"], moment(row["updated_at"]))
         for one in balances.values()
+        for decimals in [named.get(one["asset_id"], ("", 0))[1]]
         for stream, row in one["streams"].items()
     ]  # fmt: skip
-    text = table(("asset", "total", "stream", "version", "last_sequence", "updated_at"), lines)
+    text = table(("asset", "total", "stream", "available", "version", "last_sequence", "updated_at"), lines)
     if not balances:
         asset = "" if given.asset is None else f" of {given.asset}"
         text = f"user {given.user} has no balance{asset}"

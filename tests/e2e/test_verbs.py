@@ -74,7 +74,7 @@ def test_look_ups_and_decisions(tmp_path: Path, under_test: StoreUnderTest) -> N
         assert one == [each for each in balances["balances"] if each["asset_id"] == 2]
         assert one[0]["total"] == one[0]["streams"]["main"]["available"]
         assert world.verb("balance", user, "2", status=0)["balances"] == one
-        whole, point, decimals = _text(world, "balance", user, "usdt")[1].split()[7].partition(".")
+        whole, point, decimals = _text(world, "balance", user, "usdt")[1].split()[8].partition(".")
         assert (point, len(decimals), int(whole + decimals)) == (".", 8, one[0]["total"])
         assert _text(world, "balance", "999999999")[0] == 1
         assert _text(world, "balance", user, "doge")[0] == 2
