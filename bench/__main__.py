@@ -18,6 +18,7 @@ VERBS = {
     "latency": "latency",
     "queries": "queries",
     "growth": "growth",
+    "streams": "streams",
     "sweep": "sweep",
     "profile": "stages",
     "soak": "soak",

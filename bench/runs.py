@@ -107,6 +107,13 @@ def fill_tape(folder: Path, workload: Workload, timeout_s: float = 900.0) -> Tap
     return Tape(folder / "tape.db", world.journal, acks.Sent(world.journal))
 
 
+def copy_tape(tape: Tape, folder: Path) -> None:
+    """Copy a filled tape, which nobody writes to, into a folder."""
+    for path in tape.path.parent.glob("tape.db*"):
+        if path.name in ("tape.db", "tape.db-wal"):
+            shutil.copyfile(path, folder / path.name)
+
+
 def until_taped(world: World, record: Process, sequence: int) -> None:
     """Wait until the recorder has put a sequence on disk, without a hole before it."""
     seen, seen_at, pause_s = 0, time.monotonic(), 0.2
@@ -155,9 +162,7 @@ def settle_tape(
     The clock starts when the settler has connected and begins its life, as the ceiling's does after it has connected.
     """
     folder.mkdir(parents=True)
-    for path in tape.path.parent.glob("tape.db*"):
-        if path.name in ("tape.db", "tape.db-wal"):
-            shutil.copyfile(path, folder / path.name)
+    copy_tape(tape, folder)
     ack_log = folder / "acks"
     with (
         place.fresh(folder) as spot,

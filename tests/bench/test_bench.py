@@ -105,6 +105,30 @@ def test_growth_of_symbols_has_tables_for_each(run: Callable[..., Ran]) -> None:
     assert ran.figures["equal"] is True
 
 
+@pytest.mark.parametrize(
+    "store", ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])]
+)
+def test_streams_settle_at_once_and_are_judged_together(
+    run: Callable[..., Ran], request: pytest.FixtureRequest, tmp_path: Path, store: str
+) -> None:
+    where = ["--store", store]
+    if store == "cassandra":
+        node: Node = request.getfixturevalue("cassandra_node")
+        where += ["--port", str(node.port), "--warm-up", "0"]
+    plot = tmp_path / "plot.png"
+    ran = run("streams", *where, "--streams", "2", "--trades", "400", "--rounds", "1", "--plot", str(plot), *SMALL)
+    assert ran.status == 0, ran.errors
+    assert [one["streams"] for one in ran.figures["points"]] == [1, 2]
+    for one in ran.figures["points"]:
+        assert one["equal"] is True
+        assert len(one["each"]) == one["streams"]
+        assert 0 < one["trades_per_s"] <= sum(one["each"]) + 1
+    assert ran.figures["points"][0]["over_one"] == 1
+    assert "streams: 400 trades each from filled tapes" in ran.said
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size < 200_000
+
+
 def test_profile_accounts_for_the_cpu_by_stage(run: Callable[..., Ran]) -> None:
     ran = run("profile", "--trades", "12000", *SMALL)
     assert ran.status == 0, ran.errors
