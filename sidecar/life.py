@@ -68,6 +68,8 @@ class Life:
         self.agreed = agreed
         self.durable = start
         self.deletable = start.sequence
+        self.lacks: int | None = None  # the sequence before which settlement stands, because the tape lacks it
+        self.elsewhere = 0  # up to where others are acknowledged, as far as that was asked: while something is lacking
         self.ledger = Ledger(
             symbols=agreed.symbols,
             first_sequence=agreed.first_sequence,
@@ -158,6 +160,7 @@ class Life:
             self._read_at = now
             self._obey(known)
             self._checkpoints.append((now, acked))
+            await self._look_elsewhere(now)
             durable = self._steadily_acked(now)
             if acked.sequence > self._saved_acked:
                 await self._store.save_state(self._stream, "acked", acked)
@@ -166,6 +169,10 @@ class Life:
                 await self._store.save_state(self._stream, "durable", durable)
                 self.durable = durable
                 self._durables.append((now, durable.sequence))
+                if durable.sequence > self.ledger.sequence:
+                    raise StartOver(
+                        f"up to {durable.sequence} was settled elsewhere, and is durable: the tape lacks it"
+                    )
             while self._durables and self._durables[0][0] <= now - self._bounds.durable_after_s:
                 self.deletable = self._durables.popleft()[1]
         except OutcomeUnknownError as unknown:
@@ -192,6 +199,19 @@ class Life:
         fresh = known[self.agreed.decisions_read :]
         if fresh:
             raise StartOver(f"{len(fresh)} new decision(s): {', '.join(entry.kind for entry in fresh)}")
+
+    async def _look_elsewhere(self, now: float) -> None:
+        """Where the tape lacks what another host has settled: that becomes durable as what is settled here does.
+
+        Otherwise a tape that begins between `durable` and `acked` could never be gone on with: nothing of it may be
+        given up, since it is settled, and nobody would be there to make it durable.
+        """
+        if self.lacks is None:
+            return
+        acked = (await self._store.load_state(self._stream)).get("acked")
+        if acked is not None and acked.sequence >= self.lacks:
+            self.elsewhere = acked.sequence
+            self._checkpoints.append((now, acked))
 
     def _steadily_acked(self, now: float) -> State | None:
         """Give the newest position acknowledged at least `durable_after_s` ago, if all nodes stood since then."""

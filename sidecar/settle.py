@@ -269,6 +269,7 @@ class Settler:
             if self._foreign is not None:  # after the reading: what lies below the burst was recorded before it
                 await until_known(partial(self._foreign.compare, reader), self._bounds)
             if burst:
+                life.lacks = None
                 self._stand("running")
                 yield burst
                 position = burst[-1].output_sequence
@@ -332,7 +333,8 @@ class Settler:
             first, last = look.hole
             if self._hole_since is None or self._hole_since[0] != first:
                 self._hole_since = (first, now)
-            await self._judge_hole(reader, life.agreed.session, first, last, stood_s=now - self._hole_since[1])
+            life.lacks = first
+            await self._judge_hole(life, reader, first, last, stood_s=now - self._hole_since[1])
         elif look.newer_session is not None:
             reason = f"the engine began anew or contradicted itself: the tape goes on in session {look.newer_session}"
             self._halt(Halt("SESSION_CHANGED", position + 1, reason, SESSION_STEP))
@@ -340,10 +342,16 @@ class Settler:
             self._hole_since = None
             self._stand("running")
 
-    async def _judge_hole(self, reader: TapeReader, session: int, first: int, last: int, *, stood_s: float) -> None:
-        """Wait for replay while it may still come; then record the gap where that is configured, else halt at it."""
-        gone_to, replay_says = self._replay_says(session, first, last)
-        if self._on_gap == "record" and gone_to >= first:
+    async def _judge_hole(self, life: Life, reader: TapeReader, first: int, last: int, *, stood_s: float) -> None:
+        """Wait for replay while it may still come; then record the gap where that is configured, else halt at it.
+
+        What others have settled can't be given up: it is waited for until it is durable (Life.tick).
+        """
+        gone_to, replay_says = self._replay_says(life.agreed.session, first, last)
+        if life.elsewhere >= first:
+            if stood_s >= self._gap_after_s:
+                self._halt(self._settled_elsewhere(first, life.elsewhere))
+        elif self._on_gap == "record" and gone_to >= first:
             if stood_s >= self._gap_after_s:
                 await self._record_gap(first, gone_to, replay_says)
         elif stood_s >= self._gap_after_s or gone_to >= last:
@@ -368,6 +376,13 @@ class Settler:
         if said["last_error"]:
             return first - 1, f"replay, attempt {said['attempts']}: {said['last_error']}"
         return first - 1, f"{self._replay_endpoint} is being asked"
+
+    def _settled_elsewhere(self, first: int, last: int) -> Halt:
+        reason = (
+            f"sequences {first} to {last} never reached this tape; another host has settled them. Settlement goes on"
+            f" behind them once they are durable: when all nodes have stood for {self._bounds.durable_after_s:g} s"
+        )
+        return Halt("GAP", first, reason, "wait; is a database node away? (`sidecar doctor`)")
 
     def _deleted(self, reader: TapeReader, first: int, last: int) -> tuple[str, str] | None:
         """Say what is known of a hole that was on this tape once: the store that had settled it has it no more."""
@@ -490,6 +505,8 @@ class Settler:
         """Find out up to where the stream was settled from another tape than this one."""
         kept = self._streams.of(self._stream)
         foreign_to = kept["foreign_to"] if kept is not None else start.sequence
+        if self.life is not None and start.sequence > self.life.ledger.sequence:  # settled elsewhere meanwhile
+            foreign_to = start.sequence
         self._foreign_to = foreign_to if foreign_to >= agreed.first_sequence else 0
         self._streams.keep(self._stream, session=agreed.session, foreign_to=self._foreign_to, deletable=0)
         if self._foreign_to:
