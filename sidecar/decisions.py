@@ -12,12 +12,14 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sidecar.errors import SidecarError
+from sidecar.errors import SidecarError, StoreRefusedError
 from sidecar.events import Decision
 from sidecar.store.base import KEYSPACE_STREAM, Store
 from sidecar.symbols import Symbols, added_rules, merge_rules
+
+KINDS: Final = frozenset({"genesis", "rules", "gap", "reject", "stamp", "next", "late_owner"})
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,31 @@ async def decide(
     """Append what `judge` makes of the log, until it is in or `judge` wants nothing; give the log as it then is.
 
     `judge` sees the whole log each time and may raise; the number and stream of what it gives are set here.
+    Raises StoreRefusedError when the log has an entry that this release does not know.
     """
     while True:
-        log = await store.read_decisions(stream)
+        log = await read_log(store, stream)
         wanted = judge(log)
         if wanted is None:
             return log
         numbered = wanted._replace(stream=stream, number=len(log) + 1, decided_by=decided_by())
         if await store.append_decision(numbered):
             return [*log, numbered]
+
+
+async def read_log(store: Store, stream: str) -> list[Decision]:
+    """Read a stream's whole log, to obey it or to add to it.
+
+    Raises StoreRefusedError at an entry that this release does not know: nobody here knows what it changes.
+    """
+    log = await store.read_decisions(stream)
+    for entry in log:
+        if entry.kind not in KINDS:
+            raise StoreRefusedError(
+                f"decision {entry.number} of stream {entry.stream} is a {entry.kind!r}, which this release does not"
+                " know: a newer one made it; start that one, or a newer one still"
+            )
+    return log
 
 
 def decision(
@@ -147,8 +165,11 @@ def genesis(now_us: int, *, reason: str, first_sequence: int, rules: dict[str, A
 
 
 async def read_agreed(store: Store, stream: str) -> Agreed | None:
-    """Read what a stream's log says, without writing to it; None when the stream has no genesis."""
-    log = await store.read_decisions(stream)
+    """Read what a stream's log says, without writing to it; None when the stream has no genesis.
+
+    Raises StoreRefusedError when the log has an entry that this release does not know.
+    """
+    log = await read_log(store, stream)
     return Agreed(**_said(log)) if log else None
 
 
@@ -204,7 +225,7 @@ async def begin_next(
     The new stream's genesis (with the rules of the old one) is written first, so that whoever reads of its name finds
     it; repeated, nothing changes. Raises DecisionRefusedError when either stream was decided about otherwise.
     """
-    old = await store.read_decisions(stream)
+    old = await read_log(store, stream)
     if not old:
         raise DecisionRefusedError(f"stream {stream} has no genesis; there is nothing to go on from")
     rules = rules_of(old)
@@ -243,7 +264,7 @@ async def begin_next(
 
 async def read_next(store: Store, stream: str) -> Decision | None:
     """Read the decision that ended a stream, None while it goes on."""
-    return next((entry for entry in await store.read_decisions(stream) if entry.kind == "next"), None)
+    return next((entry for entry in await read_log(store, stream) if entry.kind == "next"), None)
 
 
 async def accept_gap(

@@ -236,7 +236,7 @@ async def claim(store: Store, stream: str, late: LateTape, *, lost_too: bool, no
     Raises DecisionRefusedError when another late tape numbers it, unless `lost_too`: then that one is closed for good,
     and its successor begins. Whoever closed one must wait until no settler of it can be at work any more.
     """
-    begun = await store.read_decisions(stream)
+    begun = await decisions.read_log(store, stream)
     if not begun:
         raise DecisionRefusedError(f"stream {stream} has no genesis yet: nothing of it can be late")
     rules = decisions.rules_of(begun)

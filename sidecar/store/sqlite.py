@@ -73,6 +73,22 @@ _SCHEMA: Final = (
     " fixed_at INTEGER, PRIMARY KEY (run_id, number)) WITHOUT ROWID",
 )
 
+# A newer release may have added columns: every statement names those that it means.
+_DECISION_COLUMNS: Final = (
+    "stream", "number", "kind", "first_sequence", "last_sequence", "body", "reason", "decided_by", "decided_at",
+)  # fmt: skip
+_RUN_COLUMNS: Final = (
+    "day", "started_at", "run_id", "stream", "up_to_sequence", "accounts", "events", "findings", "finished_at",
+)  # fmt: skip
+_FINDING_COLUMNS: Final = (
+    "number", "code", "stream", "user_id", "asset_id", "sequence", "expected", "actual", "detail", "fixed_at",
+)  # fmt: skip
+
+
+def _insert(where: str, columns: tuple[str, ...]) -> str:
+    return f"INSERT {where} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
 # Statements, beside their tables. A row that is there already is the same row: it is written in any case.
 _BALANCES_HEAD: Final = f"INSERT INTO user_balances ({', '.join(BALANCE_COLUMNS)}) VALUES "
 _BALANCES_FOOT: Final = (
@@ -87,7 +103,8 @@ _REJECTED_FOOT: Final = (
     " payload = excluded.payload"
 )
 _STATE: Final = (
-    "INSERT INTO settlement_state VALUES (?, ?, ?, ?, ?) ON CONFLICT (stream, kind) DO UPDATE SET"
+    "INSERT INTO settlement_state (stream, kind, sequence, stamp_us, last_trade_ids) VALUES (?, ?, ?, ?, ?)"
+    " ON CONFLICT (stream, kind) DO UPDATE SET"
     " sequence = excluded.sequence, stamp_us = excluded.stamp_us, last_trade_ids = excluded.last_trade_ids"
     " WHERE excluded.sequence >= settlement_state.sequence"
 )
@@ -293,7 +310,7 @@ class SQLiteStore(Store):
 
     async def read_decisions(self, stream: str) -> list[Decision]:
         """Read the whole log."""
-        query = "SELECT * FROM stream_decisions WHERE stream = ? ORDER BY number"
+        query = f"SELECT {', '.join(_DECISION_COLUMNS)} FROM stream_decisions WHERE stream = ? ORDER BY number"
         return [Decision(*row) for row in await self._read(self._select, query, (stream,))]
 
     async def append_decision(self, decision: Decision) -> bool:
@@ -301,8 +318,7 @@ class SQLiteStore(Store):
         return await self._write(self._append_decision, decision)
 
     def _append_decision(self, decision: Decision) -> bool:
-        places = ", ".join("?" * len(decision))
-        cursor = self._db.execute(f"INSERT OR IGNORE INTO stream_decisions VALUES ({places})", decision)
+        cursor = self._db.execute(_insert("OR IGNORE INTO stream_decisions", _DECISION_COLUMNS), decision)
         return cursor.rowcount == 1
 
     # --- look-ups and scans ---
@@ -458,11 +474,11 @@ class SQLiteStore(Store):
         return await self._write(self._repair, stream, list(rows), list(absent), decision)
 
     def _repair(self, stream: str, rows: list[Balance], absent: list[AccountKey], decision: Decision | None) -> bool:
-        db, places = self._db, ", ".join("?" * len(BALANCE_COLUMNS))
+        db = self._db
         with transaction(db):
             if decision is not None and not self._append_decision(decision):
                 return False
-            db.executemany(f"INSERT OR REPLACE INTO user_balances VALUES ({places})", rows)
+            db.executemany(_insert("OR REPLACE INTO user_balances", BALANCE_COLUMNS), rows)
             delete = "DELETE FROM user_balances WHERE user_id = ? AND asset_id = ? AND stream = ?"
             db.executemany(delete, [(*key, stream) for key in absent])
         return True
@@ -471,18 +487,16 @@ class SQLiteStore(Store):
         """Write a run's row."""
         day = datetime.fromtimestamp(run.started_at_ms / 1000, UTC).date().isoformat()
         row = (day, run.started_at_ms, run.run_id, run.stream, *run[3:])
-        statement = f"INSERT OR REPLACE INTO reconciliation_runs VALUES ({', '.join('?' * len(row))})"
-        await self._write(self._db.execute, statement, row)
+        await self._write(self._db.execute, _insert("OR REPLACE INTO reconciliation_runs", _RUN_COLUMNS), row)
 
     async def save_findings(self, run_id: str, findings: Iterable[ProofFinding]) -> None:
         """Write a run's findings."""
         rows = [(run_id, *finding) for finding in findings]
-        statement = f"INSERT OR REPLACE INTO reconciliation_findings VALUES ({', '.join('?' * 11)})"
+        statement = _insert("OR REPLACE INTO reconciliation_findings", ("run_id", *_FINDING_COLUMNS))
         for at in range(0, len(rows), SCAN_ROWS):
             await self._write(self._db.executemany, statement, rows[at : at + SCAN_ROWS])
 
     async def load_findings(self, run_id: str) -> list[ProofFinding]:
         """Read a run's findings."""
-        columns = ", ".join(ProofFinding._fields).replace("fixed_at_ms", "fixed_at")
-        query = f"SELECT {columns} FROM reconciliation_findings WHERE run_id = ? ORDER BY number"
+        query = f"SELECT {', '.join(_FINDING_COLUMNS)} FROM reconciliation_findings WHERE run_id = ? ORDER BY number"
         return [ProofFinding(*row) for row in await self._read(self._select, query, (run_id,))]

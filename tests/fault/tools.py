@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final, Self
 
+from bench.world import ROOT
+
 # --- a disk that gets full --------------------------------------------------------------------------------------------
 
 
@@ -141,9 +143,25 @@ def lacks_faketime() -> str | None:
     return None if _faketime() is not None else "libfaketime is not installed: apt-get install faketime"
 
 
+# --- a release that was -----------------------------------------------------------------------------------------------
+
+EARLY_COMMIT: Final = "091ac41"  # settled into Cassandra; the first with the checksums of the tape's format 1
+
+
+def lacks_history() -> str | None:
+    """Look for the commit: a copy of the files, or a shallow clone, has no history."""
+    command = ["git", "-C", str(ROOT), "cat-file", "-e", f"{EARLY_COMMIT}^{{commit}}"]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        return "git is not installed"
+    return None if done.returncode == 0 else f"no history with commit {EARLY_COMMIT} here: git fetch --unshallow"
+
+
 # What is missing and how to get it, or None.
 TOOLS: Final[dict[str, Callable[[], str | None]]] = {
     "mount": lacks_mount,
     "strace": lacks_strace,
     "faketime": lacks_faketime,
+    "history": lacks_history,
 }

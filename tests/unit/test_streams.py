@@ -15,11 +15,11 @@ import pytest
 from sidecar import decisions
 from sidecar.batch import take
 from sidecar.decisions import Agreed, DecisionRefusedError
-from sidecar.errors import TapeLockedError, TapeMissingError
-from sidecar.events import Refused, State, Trade
+from sidecar.errors import StoreRefusedError, TapeLockedError, TapeMissingError
+from sidecar.events import Decision, Refused, State, Trade
 from sidecar.late import Claim, Late, LateReader, LateTape, Poster, claim, late_path, readings
 from sidecar.ledger import Ledger
-from sidecar.store.base import Store
+from sidecar.store.base import KEYSPACE_STREAM, Store
 from sidecar.store.sqlite import SQLiteStore
 from sidecar.streams import Streams
 from sidecar.tape import Session
@@ -51,6 +51,30 @@ async def _agree(store: Store, stream: str = "main", **other: Any) -> Agreed:
 async def _next(store: Store, name: str = "second", **other: Any) -> Any:
     given = {"ends_at": 9, "first_sequence": 1, "session": 2, "engine_session": None, "tape_id": 11, "now_us": NOW_US}
     return await decisions.begin_next(store, "main", name, **(given | other))
+
+
+# --- a newer release's decisions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", ["main", KEYSPACE_STREAM])
+def test_nothing_is_read_from_or_decided_after_a_decision_that_is_not_known(ask: Any, stream: str) -> None:
+    async def story(store: Store) -> None:
+        await _agree(store)
+        number = len(await store.read_decisions(stream)) + 1
+        newer = Decision(stream, number, "netting", None, None, "{}", "", "a newer release", 0)
+        assert await store.append_decision(newer)
+        told = rf"decision {number} of stream .* is a 'netting', which this release does not know: a newer one made it"
+        more = RULES | {"assets": RULES["assets"] | {"sol": {"id": 9, "decimals": 2}}}
+        with pytest.raises(StoreRefusedError, match=told):
+            await _agree(store, rules=more)
+        if stream == "main":
+            with pytest.raises(StoreRefusedError, match=told):
+                await decisions.read_agreed(store, "main")
+            with pytest.raises(StoreRefusedError, match=told):
+                await decisions.accept_gap(store, "main", 5, 6, present=[], reason="no", now_us=NOW_US)
+        assert len(await store.read_decisions(stream)) == number
+
+    ask(story)
 
 
 # --- the next stream ------------------------------------------------------------------------------------------------
