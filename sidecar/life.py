@@ -206,10 +206,11 @@ class Life:
         Otherwise a tape that begins between `durable` and `acked` could never be gone on with: nothing of it may be
         given up, since it is settled, and nobody would be there to make it durable.
         """
-        if self.lacks is None:
+        lacks = self.lacks  # replay may fill it meanwhile
+        if lacks is None:
             return
         acked = (await self._store.load_state(self._stream)).get("acked")
-        if acked is not None and acked.sequence >= self.lacks:
+        if acked is not None and acked.sequence >= lacks:
             self.elsewhere = acked.sequence
             self._checkpoints.append((now, acked))
 
