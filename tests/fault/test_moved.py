@@ -120,22 +120,39 @@ def test_moved_when_nobody_has_the_past(tmp_path: Path, fault: Fault, under_test
         assert old.term() == 0  # its disk is lost with it
         fault.strike()
         run = _run(world, NEW, 1, "stream.gap_after_s=0.5")
-
-        def misses_what_nobody_has() -> Any:
-            """What was settled and not yet durable is missed at first, too: that becomes durable by itself."""
-            said = world.status(NEW)
-            return said if said["halted"] and said["halted"]["sequence"] == said["acked"] + 1 else None
-
-        said = until(misses_what_nobody_has, "what nobody has is missed", 40)
-        ((first, last),) = said["holes"]
-        assert said["halted"]["code"] == "GAP"
-        assert first == said["halted"]["sequence"] > RATE
-        assert f"gap accept {first} {last}" in said["halted"]["next_step"]
+        first, last = _what_nobody_has(world)
         fault.heals(world, NEW)
         world.verb("gap", "accept", str(first), str(last), "--reason", "the old host is gone", status=0, tape=NEW)
         given_up = last - first + 1
         said = _ends(world, engine, fault, NEW, "--accepted-gaps", f"{first}-{last}", gaps=given_up)
         assert said["holes"] == []
+        assert run.term() == 0
+
+
+@pytest.mark.long
+@pytest.mark.fault("F01")
+def test_moved_from_a_killed_host_when_nobody_has_the_past(tmp_path: Path, fault: Fault) -> None:
+    """The same with SIGKILL: what was written beyond `acked` is given up, too, and named; balances are mended."""
+    with _world(tmp_path, StoreUnderTest(None)) as world:
+        old, engine = _far_on(world)
+        old.kill()
+        fault.strike()
+        run = _run(world, NEW, 1, "stream.gap_after_s=0.5")
+        first, last = _what_nobody_has(world)
+        fault.heals(world, NEW)
+        world.verb("gap", "accept", str(first), str(last), "--reason", "the old host is gone", status=0, tape=NEW)
+        fault.recovers(world, NEW)
+        engine.signal(signal.SIGTERM)
+        world.until_acked(engine.result()["last_sequence"], tape=NEW)
+        found = world.verb("reconcile", "--full", tape=NEW)["findings"]
+        assert {each["code"] for each in found} <= {"EVENT_AGAINST_DECISION"}
+        rows = {each["sequence"] for each in found if each["user_id"] is None}
+        assert all(first <= sequence <= last for sequence in rows)
+        world.verb("reconcile", "--fix", "--all-findings", "--yes", tape=NEW)
+        verdict = world.judge("--accepted-gaps", f"{first}-{last}")
+        assert verdict["balances_equal"] == verdict["balances"]
+        assert verdict["difference_count"] == len(rows), "the rows stay, and stay reported"
+        assert {difference["what"] for difference in verdict["differences"]} <= {"EXTRA_ROW"}
         assert run.term() == 0
 
 
@@ -165,6 +182,21 @@ def test_moved_beside_an_engine_that_began_anew(tmp_path: Path, fault: Fault) ->
         fault.lost, fault.doubled = lost_and_doubled(world.judged, 2_000)
         assert (fault.lost, fault.doubled) == (0, 0)
         assert new.term() == 0
+
+
+def _what_nobody_has(world: World) -> tuple[int, int]:
+    """Wait until settlement stands before it. What is settled and not yet durable is missed at first, too."""
+
+    def stands() -> Any:
+        said = world.status(NEW)
+        return said if said["halted"] and said["halted"]["sequence"] == said["acked"] + 1 else None
+
+    said = until(stands, "what nobody has is missed", 40)
+    ((first, last),) = said["holes"]
+    assert (said["halted"]["code"], said["halted"]["sequence"]) == ("GAP", first)
+    assert first > RATE
+    assert f"gap accept {first} {last}" in said["halted"]["next_step"]
+    return first, last
 
 
 def _far_on(world: World) -> tuple[Process, Process]:
