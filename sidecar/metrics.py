@@ -71,6 +71,8 @@ SETTLING: Final[tuple[_Line, ...]] = (
     _Line("store_outages_total", "Times a database node was away and is back.", lambda s: s.store.outages),
     _Line("store_steady", "1 while all known database nodes are connected: durable moves only then.",
           lambda s: s.store.steady_since is not None),
+    _Line("store_nodes_away", "Known database nodes that don't answer; `sidecar status` and the log name them.",
+          lambda s: len(s.store.nodes_away)),
 )  # fmt: skip
 
 # The proofs beside settlement.

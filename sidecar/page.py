@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from sidecar import __version__
 from sidecar.proof.hourly import Numbers
+from sidecar.standing import NODES_AWAY_MEANS, NODES_AWAY_STEP
 from sidecar.watch import Span, Watch
 
 RENEW_S: Final = 2
@@ -155,6 +156,8 @@ def _alarms(watch: Watch, said: dict[str, Any], state: str) -> Iterable[str]:
     elif state == "waiting":
         step = "is the database up, and reachable from here? `sidecar doctor`; the log has its errors"
         yield _alarm("", "Waiting for the store. ", f"{goes_on} Settlement takes up where it was.", step)
+    if away := said.get("nodes_away"):
+        yield _alarm("", "Database nodes are away. ", f"{', '.join(away)}: {NODES_AWAY_MEANS}.", NODES_AWAY_STEP)
     for late in said.get("late", ()):
         if late.get("halted"):
             why = late["halted"]

@@ -609,6 +609,7 @@ class Settler:
             "decisions": life.agreed.decisions_read if life else 0,
             "unacked_batches": life.pipeline.unacked_batches if life else 0,
             "negative_balances": life.ledger.negative_total if life else 0,
+            "nodes_away": self.store.nodes_away,
             "pid": os.getpid(),
             "said_at_us": self._now_us(),
         }

@@ -18,6 +18,12 @@ from sidecar.events import I63_MAX
 from sidecar.store.base import Store
 from sidecar.tape import TapeReader, is_locked, paused_path, read_recorded, read_settled
 
+NODES_AWAY_MEANS = "durable stands still until they are back; with fewer than the quorum settlement does, too"
+NODES_AWAY_STEP = (
+    "start or mend them: settlement then starts over from durable by itself. One that is gone for good:"
+    " `nodetool removenode`"
+)
+
 
 def told_by_settler(path: Path, stream: str) -> dict[str, Any]:
     """Read what the settler of this stream last said on the tape at `path`; empty when there is nothing."""
@@ -88,6 +94,7 @@ def put_together(
         "rejected": in_store.get("rejected", 0),
         "malformed": 0,
         "settling": settling,
+        "nodes_away": told.get("nodes_away", []) if settling else [],
         **_recorder_says(path, replay_configured=replay_configured),
         "sessions": 0,
         "negative_balances": told.get("negative_balances", 0),

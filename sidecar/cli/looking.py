@@ -18,7 +18,7 @@ from sidecar.errors import OutcomeUnknownError, SidecarError, StoreRefusedError,
 from sidecar.events import I63_MAX
 from sidecar.late import standing
 from sidecar.service import open_store
-from sidecar.standing import from_store, put_together, told_by_settler
+from sidecar.standing import NODES_AWAY_MEANS, NODES_AWAY_STEP, from_store, put_together, told_by_settler
 from sidecar.store.base import Store
 from sidecar.tape import TapeReader, is_locked, read_settled
 from sidecar.wire import decode
@@ -160,6 +160,9 @@ def _status_text(said: dict[str, Any]) -> str:
         replay = said["replay"]
         why = f", attempt {replay['attempts']}: {replay['last_error']}" if replay["last_error"] else ""
         lines.append(f"  replay {replay['endpoint']}: {replay['state']}, {replay['filled_total']} frames filled{why}")
+    if said["nodes_away"]:
+        lines += [f"  database nodes AWAY: {', '.join(said['nodes_away'])}: {NODES_AWAY_MEANS}"]
+        lines += [f"  next step: {NODES_AWAY_STEP}"]
     if said["halted"]:
         halted = said["halted"]
         lines += [f"  HALTED: {halted['code']} at sequence {halted['sequence']}: {halted['reason']}"]

@@ -131,6 +131,11 @@ class Store(ABC):
     def outages(self) -> int:
         """Count how often a node was away and is back, or started anew: memory is then not to be trusted."""
 
+    @property
+    @abstractmethod
+    def nodes_away(self) -> list[str]:
+        """Name the nodes, by address and port, that are known and don't answer."""
+
     # --- the way of a trade ---
 
     @abstractmethod

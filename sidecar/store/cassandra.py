@@ -473,6 +473,12 @@ class CassandraStore(ProofRows):
         return self._outages
 
     @property
+    def nodes_away(self) -> list[str]:
+        """Name the nodes of the local datacenter that did not answer the last look."""
+        connected = self._connected
+        return connected.nodes.away if connected is not None and connected.nodes is not None else []
+
+    @property
     def warnings_total(self) -> int:
         """Count the server's warnings, mostly about the size of batches."""
         return self._wire.warnings_total

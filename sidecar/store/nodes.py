@@ -79,6 +79,11 @@ class Nodes:
             return None
         return self._steady_since
 
+    @property
+    def away(self) -> list[str]:
+        """Name the nodes that did not answer the last look."""
+        return sorted(str(host.endpoint) for host, node in self._nodes.items() if not node.stands)
+
     def suspect_from_thread(self) -> None:
         """Something happened to a node or a connection: nothing stands before the next look has been."""
         if not self._closing and not self._loop.is_closed():

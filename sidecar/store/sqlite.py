@@ -162,6 +162,11 @@ class SQLiteStore(Store):
         """A file is never away."""
         return 0
 
+    @property
+    def nodes_away(self) -> list[str]:
+        """A file has no nodes."""
+        return []
+
     def schema(self, symbols: Iterable[str]) -> str:
         """Give the statements as text."""
         return "".join(f"{statement};\n" for statement in (*map(_trades_table, sorted(symbols)), *_SCHEMA))

@@ -194,6 +194,7 @@ class Connection:
         self.dead = False
         self.outages = 0
         self.steady_since: float | None = None
+        self.nodes_away: list[str] = []
         self.deaf_until_s = 0.0  # batches get no answer and don't land
         self.silent_until_s = 0.0  # decisions can't be read
         self.requests = 0

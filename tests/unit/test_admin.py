@@ -295,6 +295,19 @@ def test_what_comes_from_outside_is_text_on_the_page(tmp_path: Path) -> None:
     tell(tmp_path, story)
 
 
+def test_nodes_that_are_away_are_named_with_the_next_step(tmp_path: Path) -> None:
+    async def story(admin: Admin, watch: Watch) -> None:
+        assert json.loads((await get(admin, "/status.json")).body)["nodes_away"] == []
+        assert "nodes are away" not in (await get(admin, "/")).body
+        watch.standing |= {"nodes_away": ["127.0.0.3:9042"]}
+        body = (await get(admin, "/")).body
+        assert "Database nodes are away." in body
+        assert "127.0.0.3:9042" in body
+        assert "<code>nodetool removenode</code>" in body
+
+    tell(tmp_path, story)
+
+
 def test_a_full_tape_is_not_ready_and_says_what_to_do(tmp_path: Path) -> None:
     async def story(admin: Admin, watch: Watch) -> None:
         assert watch.recorder is not None

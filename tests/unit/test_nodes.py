@@ -116,8 +116,10 @@ def test_away_freezes_and_back_counts() -> None:
         cluster.lose("b")
         assert await watched.look() == (0, False)
         assert await watched.look() == (0, False)
+        assert watched.nodes.away == ["b"]
         cluster.connect("b")
         assert await watched.look() == (1, True)
+        assert watched.nodes.away == []
         assert (watched.nodes.steady_since or 0) > (since or 0)
         assert await watched.look() == (1, True)
 
