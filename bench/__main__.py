@@ -22,6 +22,7 @@ VERBS = {
     "sweep": "sweep",
     "profile": "stages",
     "soak": "soak",
+    "cluster": "cluster",
 }  # verb: its room
 OUT = Path(__file__).resolve().parent / "out"
 

@@ -43,13 +43,16 @@ class SqlitePlace:
 
 
 class CassandraPlace:
-    """One node, and a keyspace for each run."""
+    """A node or several, each with all rows, and a keyspace for each run."""
 
     name = "cassandra"
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, hosts: Sequence[str] = (), started_as: str | None = None) -> None:
+        """`started_as` is its name with scripts/cassandra, when it is one of our own."""
         self.host = host
         self.port = port
+        self.hosts = [*hosts] or [host]
+        self.started_as = started_as
 
     @contextmanager
     def fresh(self, folder: Path, *, symbols: int = 2) -> Iterator[Spot]:
@@ -57,8 +60,9 @@ class CassandraPlace:
         keyspace = f"bench_{secrets.token_hex(4)}"
         settings = [
             "store.backend=cassandra",
-            f"store.cassandra.contact_points={self.host}",
+            f"store.cassandra.contact_points={','.join(self.hosts)}",
             f"store.cassandra.port={self.port}",
+            f"store.cassandra.replication_factor={len(self.hosts)}",
             f"store.cassandra.keyspace={keyspace}",
         ]
         spot = Spot(settings, f"cassandra:{self.host}:{self.port}/{keyspace}", keyspace)
@@ -100,27 +104,40 @@ def place(
     """
     if name == "sqlite":
         yield SqlitePlace()
-        return
-    node = f"bench-{os.getpid()}" if port is None else None
+    elif port is not None:
+        yield _known(CassandraPlace("127.0.0.1", port), folder, report, warm_up_s)
+    else:
+        with nodes(1, folder, report, warm_up_s, jvm=jvm) as started:
+            yield started
+
+
+@contextmanager
+def nodes(
+    count: int, folder: Path, report: Report, warm_up_s: float, heap: str = "2G", jvm: Sequence[str] = ()
+) -> Iterator[CassandraPlace]:
+    """Start so many nodes of one cluster, warm them up, wipe them at the end."""
+    name = f"bench-{os.getpid()}"
     try:
-        if node is not None:
-            report.note("starting a Cassandra node (2 GiB, G1)")
-            more = [f"--jvm={argument}" for argument in jvm]
-            port = _script("start", "--name", node, "--bench", "--json", *more)["nodes"][0]["port"]
-            report.database["jdk"] = machine.jdk()
-        assert port is not None
-        found = CassandraPlace("127.0.0.1", port)
-        report.database["cassandra"] = found.version()
-        if warm_up_s:
-            report.note(f"warming it up for {warm_up_s:g} s")
-            found.warm_up(folder, warm_up_s)
-        yield found
+        report.note(f"starting {'a Cassandra node' if count == 1 else f'{count} Cassandra nodes'} ({heap}, G1)")
+        options = ["--heap", heap, *(f"--jvm={argument}" for argument in jvm)]
+        told = script("start", "--name", name, "--bench", *options, "--nodes", str(count), "--json")["nodes"]
+        report.database["jdk"] = machine.jdk()
+        hosts = [one["host"] for one in told]
+        yield _known(CassandraPlace(hosts[0], told[0]["port"], hosts, name), folder, report, warm_up_s)
     finally:
-        if node is not None:
-            _script("wipe", "--name", node, "--json")
+        script("wipe", "--name", name, "--json")
 
 
-def _script(*arguments: str) -> Any:
+def _known(found: CassandraPlace, folder: Path, report: Report, warm_up_s: float) -> CassandraPlace:
+    report.database["cassandra"] = found.version()
+    if warm_up_s:
+        report.note(f"warming up for {warm_up_s:g} s")
+        found.warm_up(folder, warm_up_s)
+    return found
+
+
+def script(*arguments: str) -> Any:
+    """Call scripts/cassandra; give what it says as JSON."""
     done = subprocess.run(
         [SCRIPT, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300
     )

@@ -193,10 +193,12 @@ def settle_live(
     place: Place, folder: Path, engine: Sequence[str], *, settings: Sequence[str] = (), judge: bool = True,
     watch_every_s: float = 0.05, module: Sequence[str] = ("sidecar",), timeout_s: float = 900.0,
     meanwhile: Callable[[World, Process], None] = lambda _, __: None,
+    afterwards: Callable[[World, int], None] = lambda _, __: None,
 ) -> Settled:  # fmt: skip
     """Settle a stream with `sidecar run` while an engine publishes it; the clock starts with the first frame.
 
-    `meanwhile` is called with the world and the sidecar while the engine is at it.
+    `meanwhile` is called with the world and the sidecar while the engine is at it, `afterwards` with the world and the
+    last sequence when all is settled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ack_log = folder / "acks"
@@ -212,6 +214,7 @@ def settle_live(
             result = publishing.result(timeout_s)
             until_acked(world, sidecar, result["last_sequence"])
         sidecar.term()
+        afterwards(world, result["last_sequence"])
         sent = acks.Sent(world.journal)
         return Settled(
             joined=acks.Joined(sent, acks.read(ack_log)),

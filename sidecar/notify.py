@@ -72,6 +72,8 @@ def status_line(standing: dict[str, Any]) -> str:
     line = f"{standing.get('state', 'starting')}: {positions}, {standing.get('lag_events', 0)} behind"
     if standing.get("holes"):
         line += f", {len(standing['holes'])} hole(s)"
+    if away := standing.get("nodes_away"):
+        line += f", database nodes away: {', '.join(away)}"
     if halted := standing.get("halted"):
         line += f"; HALTED {halted['code']} at {halted['sequence']}; next step: {halted['next_step']}"
     return line

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bench import __main__ as bench
-from bench import acks, compare, engine, growth, judge, latency, report, rows, soak
+from bench import acks, cluster, compare, engine, growth, judge, latency, report, rows, soak
 from bench.report import BenchError
 from bench.watch import Sample, Watch, look
 from bench.world import until
@@ -197,6 +197,23 @@ def test_tables_put_numbers_to_the_right() -> None:
     ]
 
 
+@pytest.mark.long
+@pytest.mark.cassandra
+@pytest.mark.timeout(600)
+def test_cluster_goes_through_all_its_phases(run: Callable[..., Ran], tmp_path: Path) -> None:
+    plot, short = tmp_path / "plot.png", ("--ramp", "2", "--calm", "3", "--away", "5", "--back", "25", "--paused", "5")
+    ran = run("cluster", "--warm-up", "0", "--rate", "200", "--users", "20", "--plot", str(plot), *short)
+    assert ran.status == 0, ran.errors
+    for batch in cluster.BATCHES:
+        one = ran.figures[batch]
+        assert (one["lost"], one["doubled"], one["equal"]) == (0, 0, True)
+        assert [phase["phase"] for phase in one["phases"]] == [*cluster.PHASES]
+        assert one["lives"] > 1, "it starts over when the node is back"
+        durable = {phase["phase"]: phase["durable"] for phase in one["phases"]}
+        assert durable["resumed"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 # --- its arithmetic ---------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +281,13 @@ def test_an_event_that_was_never_acknowledged_is_no_figure(tmp_path: Path) -> No
     sent = acks.Sent(journal_of(tmp_path / "j", (1, 1, True), (2, 2, True)))
     with pytest.raises(AssertionError, match="never acknowledged"):
         acks.Joined(sent, [acks.Batch(1, 1, 5)])
+
+
+def test_a_stall_is_the_longest_time_without_an_acknowledgement_and_may_outlast_its_phase() -> None:
+    acked_us = [9_000_000, 1_000_000, 2_000_000, 2_500_000, 12_000_000]
+    assert cluster.longest_stall_s(acked_us, 1_000_000, 2_400_000) == 1.0
+    assert cluster.longest_stall_s(acked_us, 1_000_000, 3_000_000) == 6.5
+    assert cluster.longest_stall_s(acked_us, 3_000_000, 20_000_000) == 6.0
 
 
 def test_cpu_between_two_moments_is_interpolated() -> None:

@@ -56,6 +56,7 @@ FAULTS: Final = {
     "F34": "SIGTERM under load",
     "F35": "driver future that never completes",
     "F36": "symbol added between lives",
+    "F37": "one database node of three away",
 }
 
 _NAME: Final = re.compile(r"test_f(\d\d)_")

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.world import Process, World, until
+from bench.world import World, until
 from tests.cassandra_node import Node
-from tests.fault.kit import Fault, is_run_by, taped
+from tests.fault.kit import RATE, Fault, closes_load, taped, under_load
 from tests.fault.proxy import Proxy
 from tests.stores import StoreUnderTest
 
 pytestmark = [pytest.mark.cassandra, pytest.mark.timeout(300)]
 
-RATE = 500
 SETTINGS = ("pipeline.durable_after_s=1", "store.cassandra.request_timeout_s=2")
 RESULT = 0x08  # the opcode of an answer to a statement (native_protocol_v4.spec, section 2.4)
 
@@ -46,25 +45,6 @@ def _world(folder: Path, node: Node, port: int, *settings: str) -> World:
     world = World(folder, source="generated", settings=[*SETTINGS, *settings], store=through, judged=under_test.judged)
     under_test.prepare(world)
     return world
-
-
-def _under_load(world: World, *settings: str, rate: int = RATE) -> tuple[Process, Process]:
-    """Start a sidecar and an engine; return when something is durable."""
-    run = world.start("run", *settings)
-    until(lambda: is_run_by(world, run.pid), "it runs")
-    engine = world.engine("--users", "100", rate=rate)
-    until(lambda: world.said().get("durable", 0) > 0, "something is durable")
-    return run, engine
-
-
-def _closes(world: World, fault: Fault, run: Process, engine: Process) -> None:
-    """End the load some events after recovery, and close the fault."""
-    fault.recovers(world, timeout_s=90)
-    durable = int(world.said()["durable"])
-    until(lambda: int(world.said()["durable"]) > durable, "durable moves again", 60)
-    engine.signal(signal.SIGTERM)
-    fault.closes(world, engine.result()["last_sequence"])
-    assert run.term() == 0
 
 
 @pytest.mark.long
@@ -120,13 +100,13 @@ def _resident_kib(pid: int) -> int:
 
 def test_f25_database_paused(world: World, fault: Fault, own_node: Node) -> None:
     """SIGSTOP of the node under load, until the driver has given it up; SIGCONT."""
-    run, engine = _under_load(world)
+    run, engine = under_load(world)
     own_node.pause()
     fault.strike()
     time.sleep(12)  # 5 s until the driver asks whether it lives, 5 s until it gives up
     fault.heals(world)
     own_node.resume()
-    _closes(world, fault, run, engine)
+    closes_load(world, fault, run, engine)
     assert run.logged("start_over"), "memory is not trusted after an outage"
 
 
@@ -134,7 +114,7 @@ def test_f25_database_paused(world: World, fault: Fault, own_node: Node) -> None
 def test_f26_database_killed_after_it_received_before_it_answered(tmp_path: Path, fault: Fault, own_node: Node) -> None:
     """Batches reach the node, their answers don't leave the proxy; then the node is killed."""
     with Proxy(own_node.port) as proxy, _world(tmp_path, own_node, proxy.port) as world:
-        run, engine = _under_load(world)
+        run, engine = under_load(world)
         proxy.swallow(lambda head: head[4] == RESULT)
         until(lambda: proxy.swallowed >= 5, "batches are under way without an answer")
         own_node.kill()
@@ -142,7 +122,7 @@ def test_f26_database_killed_after_it_received_before_it_answered(tmp_path: Path
         fault.heals(world)
         proxy.resume()
         own_node.start()
-        _closes(world, fault, run, engine)
+        closes_load(world, fault, run, engine)
         assert run.logged("batch_outcome_unknown")
 
 
@@ -151,7 +131,7 @@ def test_f27_answers_dropped(tmp_path: Path, seed: int, fault: Fault, own_node: 
     """Every third answer to a statement, then every one, is lost on its way though the node has done what was asked."""
     chance = random.Random(seed)
     with Proxy(own_node.port) as proxy, _world(tmp_path, own_node, proxy.port) as world:
-        run, engine = _under_load(world, "store.cassandra.request_timeout_s=1")
+        run, engine = under_load(world, "store.cassandra.request_timeout_s=1")
         acked = int(world.said()["acked"])
         proxy.swallow(lambda head: head[4] == RESULT and chance.random() < 1 / 3)
         time.sleep(4)
@@ -161,7 +141,7 @@ def test_f27_answers_dropped(tmp_path: Path, seed: int, fault: Fault, own_node: 
         fault.heals(world)
         proxy.resume()
         assert int(world.said()["acked"]) > acked, "it got on meanwhile"
-        _closes(world, fault, run, engine)
+        closes_load(world, fault, run, engine)
         assert len(run.logged("batch_outcome_unknown")) > 5
 
 
@@ -170,7 +150,7 @@ def test_f28_batch_log_replayed_late(world: World, seed: int, fault: Fault, own_
     """The node is killed and loses the end of its commit log, but not the batch log's record of it: seconds later,
     when the sidecar has long settled on, the node applies those batches once more."""
     chance = random.Random(seed)
-    run, engine = _under_load(world)
+    run, engine = under_load(world)
     still: set[str] = set()
     for attempt in range(6):
         acked = int(world.said()["acked"])
@@ -190,19 +170,19 @@ def test_f28_batch_log_replayed_late(world: World, seed: int, fault: Fault, own_
         60,
     )
     fault.heals(world)
-    _closes(world, fault, run, engine)
+    closes_load(world, fault, run, engine)
 
 
 def test_f29_node_back_with_a_cut_commit_log(world: World, fault: Fault, own_node: Node) -> None:
     """The node is killed and has lost its last thousand writes when it is back, acknowledged ones among them."""
-    run, engine = _under_load(world)
+    run, engine = under_load(world)
     (lost,) = own_node.kill(cut_commitlog=1_000)
     print(f"lost with the commit log: {lost}")
     assert lost.mutations > 500
     fault.strike()
     fault.heals(world)
     own_node.start()
-    _closes(world, fault, run, engine)
+    closes_load(world, fault, run, engine)
     assert run.logged("start_over"), "memory is not trusted after an outage"
 
 
@@ -211,7 +191,7 @@ def test_f30_table_altered_or_dropped_beneath(world: World, fault: Fault, own_no
     """Columns are added under load, then a table is dropped; in the end all of them are gone and made anew, and the
     tape settles the whole stream again."""
     keyspace = str(world.judged).rpartition("/")[2]
-    run, engine = _under_load(world)
+    run, engine = under_load(world)
     for table in ("settled_trades_btc_usdt", "user_balances", "settlement_state", "stream_decisions"):
         own_node.cql(f"ALTER TABLE {keyspace}.{table} ADD remark text")
         fault.strike()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.counts import lost_and_doubled
 from bench.world import World, until
-from tests.fault.kit import Fault, is_run_by, lost_and_doubled
+from tests.fault.kit import Fault, is_run_by
 from tests.fault.results import keep
 
 COUNT = 400

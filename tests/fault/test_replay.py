@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from bench.counts import lost_and_doubled
 from bench.world import ROOT, Process, World, free_port, until
-from tests.fault.kit import Fault, lost_and_doubled
+from tests.fault.kit import Fault
 
 
 class Past(World):

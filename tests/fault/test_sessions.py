@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from bench.counts import lost_and_doubled
 from bench.world import ROOT, Process, World, until
-from tests.fault.kit import Fault, lost_and_doubled
+from tests.fault.kit import Fault
 from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 QUICKLY_DURABLE = ["pipeline.durable_after_s=0.5"]

@@ -73,6 +73,11 @@ def test_the_line_of_a_halt_has_the_next_step() -> None:
     )
 
 
+def test_the_line_names_the_database_nodes_that_are_away() -> None:
+    line = status_line({"state": "running", "nodes_away": ["10.0.0.2:9042", "10.0.0.3:9042"]})
+    assert line.endswith("0 behind, database nodes away: 10.0.0.2:9042, 10.0.0.3:9042")
+
+
 def test_the_watchdog_is_fed_several_times_a_deadline_by_the_loop_alone(tmp_path: Path) -> None:
     with listening(str(tmp_path / "notify")) as ear:
         given = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "80000"}
