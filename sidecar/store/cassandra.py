@@ -35,7 +35,6 @@ from cassandra.policies import (
     ConstantReconnectionPolicy,
     DCAwareRoundRobinPolicy,
     FallthroughRetryPolicy,
-    TokenAwarePolicy,
 )
 from cassandra.pool import NoConnectionsAvailable
 from cassandra.query import BoundStatement, SimpleStatement, tuple_factory
@@ -45,9 +44,9 @@ from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, 
 from sidecar.events import AccountKey, AccountValues, Balance, Decision, State
 from sidecar.store import tables
 from sidecar.store.base import SCAN_ROWS, summed
-from sidecar.store.connection import NodeNotTrustedError, ask, connection_class
+from sidecar.store.connection import NodeNotTrustedError, ask, connection_class, give_up
 from sidecar.store.encode import LOGGED, UNLOGGED, BatchEncoder, insert_statement
-from sidecar.store.nodes import GENERATION, Nodes
+from sidecar.store.nodes import GENERATION, Answering, Nodes
 from sidecar.store.scans import ProofRows, ms_of
 
 log = logging.getLogger(__name__)
@@ -400,7 +399,7 @@ class CassandraStore(ProofRows):
     def _cluster(self) -> Any:
         """Make the driver's cluster object; it connects later."""
         profile = ExecutionProfile(
-            load_balancing_policy=TokenAwarePolicy(DCAwareRoundRobinPolicy(self._local_dc)),
+            load_balancing_policy=Answering(DCAwareRoundRobinPolicy(self._local_dc)),
             retry_policy=self._retry_policy,
             consistency_level=ConsistencyLevel.LOCAL_QUORUM,
             request_timeout=self._timeout_s,
@@ -444,7 +443,13 @@ class CassandraStore(ProofRows):
         def count() -> None:
             self._outages += 1
 
-        nodes = Nodes(cluster=connected.cluster, session=connected.session, ask=ask, in_thread=_in_thread, count=count)
+        def avoid(hosts: Collection[Any]) -> None:
+            connected.cluster.profile_manager.default.load_balancing_policy.silent = hosts
+
+        nodes = Nodes(
+            cluster=connected.cluster, session=connected.session, ask=ask, in_thread=_in_thread, count=count,
+            avoid=avoid, give_up=give_up,
+        )  # fmt: skip
         for _ in range(FIRST_LOOKS_MAX):
             pools = [pool for pool in tuple(connected.session.get_pools()) if pool.open_count]
             up = [host for host in connected.cluster.metadata.all_hosts() if host.is_up is not False]

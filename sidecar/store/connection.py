@@ -205,6 +205,14 @@ async def ask(session: Any, message: Any, handler: Any, timeout_s: float) -> Any
     raise NoHostAvailable("no host takes a request", errors)
 
 
+def give_up(connection: Any) -> None:
+    """End the requests of `ask` that are under way on a connection, as if their time were over."""
+    for callback, *_ in tuple(connection._requests.values()):  # noqa: SLF001 - where send_msg keeps them
+        shot = getattr(callback, "__self__", None)
+        if isinstance(shot, _Shot):
+            shot.give_up()
+
+
 class _Shot:
     """One request under way, on a stream of a connection."""
 
@@ -236,6 +244,11 @@ class _Shot:
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._tell, response)
+
+    def give_up(self) -> None:
+        """Wait no longer."""
+        self._over.cancel()  # the stream may be another request's by then
+        self._time_is_up()
 
     def unsent(self) -> None:
         """Give the stream back: nothing was sent on it."""

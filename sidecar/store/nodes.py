@@ -8,17 +8,20 @@ built before is not to be trusted. Everything that can tell is asked, because th
 - `system.local.gossip_generation`, asked of each node every second: it grows with every start of a node.
 A node counts as back when it answers over an open connection. Counting once too often costs a replay from `durable`;
 once too rarely would cost rows. Until the first look is done, and when the last one is too old, nothing stands.
+
+A node that falls silent though its connection stands is asked last from then on, and what it was asked is given up, so
+that others are asked: the driver would notice ten seconds later, and by then every batch in flight waits for that node.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cassandra.policies import HostDistance, HostStateListener
+from cassandra.policies import HostDistance, HostStateListener, TokenAwarePolicy
 
 from sidecar.errors import StoreError, StoreRefusedError
 
@@ -30,6 +33,17 @@ ANSWER_S: Final = 2.0
 REVIVE_AFTER_S: Final = 5.0
 
 GENERATION: Final = "SELECT gossip_generation FROM system.local WHERE key = 'local'"
+
+
+class Answering(TokenAwarePolicy):  # type: ignore[misc]
+    """The driver's choice of nodes, but those that are `silent` come last."""
+
+    silent: Collection[Any] = ()
+
+    def make_query_plan(self, working_keyspace: Any = None, query: Any = None) -> Iterator[Any]:
+        """Give the nodes in the order in which they are asked."""
+        plan = super().make_query_plan(working_keyspace, query)
+        return iter(sorted(plan, key=self.silent.__contains__)) if self.silent else plan
 
 
 @dataclass
@@ -53,13 +67,20 @@ class Nodes:
         ask: Callable[[Any, float], Awaitable[list[tuple[Any, ...]]]],
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
         count: Callable[[], None],
+        avoid: Callable[[Collection[Any]], None],
+        give_up: Callable[[Any], None],
     ) -> None:
-        """`ask` sends GENERATION to one host, `count` counts an outage."""
+        """`ask` sends GENERATION to one host, `count` counts an outage.
+
+        `avoid` is told the hosts that don't answer, after each look; `give_up` each connection that fell silent, once.
+        """
         self._cluster = cluster
         self._session = session
         self._ask = ask
         self._in_thread = in_thread
         self._count = count
+        self._avoid = avoid
+        self._give_up = give_up
         self._loop = asyncio.get_running_loop()
         self._nodes: dict[Any, _Node] = {}
         self._first = True
@@ -114,11 +135,18 @@ class Nodes:
         hosts = [host for host in self._cluster.metadata.all_hosts() if self._is_local(host)]
         seen = await asyncio.gather(*(self._see(host) for host in hosts))
         now = self._loop.time()
+        stood = {host for host, node in self._nodes.items() if node.stands}
         counted = sum(self._judge(host, *found, now) for host, found in zip(hosts, seen, strict=True))
+        silenced = {host for host in stood if not self._nodes[host].stands}
         gone = self._nodes.keys() - set(hosts)
         for host in gone:
             del self._nodes[host]
         self._first = False
+        self._avoid({host for host, node in self._nodes.items() if not node.stands})
+        for host in silenced:
+            for pool in self._pools(host):
+                for connection in pool.get_connections():
+                    self._give_up(connection)
         for _ in range(counted + len(gone)):
             self._count()
         if not hosts or not all(node.stands for node in self._nodes.values()):

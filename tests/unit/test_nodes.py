@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 
 pytest.importorskip("cassandra")
 
+from cassandra import OperationTimedOut
 from cassandra.policies import HostDistance
 
 from sidecar.errors import OutcomeUnknownError
-from sidecar.store.nodes import Nodes
+from sidecar.store.connection import ask, give_up
+from sidecar.store.nodes import Answering, Nodes
 
 
 class Host:
@@ -86,7 +90,16 @@ class Watched:
         async def in_thread(work: Any) -> Any:
             return work()
 
-        self.nodes = Nodes(cluster=cluster, session=cluster, ask=ask, in_thread=in_thread, count=count)
+        self.avoided: Collection[Any] = ()
+        self.given_up: list[Any] = []
+
+        def avoid(hosts: Collection[Any]) -> None:
+            self.avoided = [host.name for host in hosts]
+
+        self.nodes = Nodes(
+            cluster=cluster, session=cluster, ask=ask, in_thread=in_thread, count=count, avoid=avoid,
+            give_up=self.given_up.append,
+        )  # fmt: skip
 
     async def look(self) -> tuple[int, bool]:
         """Look once; give the outages so far, and whether all stand."""
@@ -155,6 +168,70 @@ def test_silence_freezes_and_does_not_count_when_the_node_is_the_same() -> None:
         assert await watched.look() == (1, True)
 
     asyncio.run(ask())
+
+
+def test_a_silent_node_is_avoided_until_it_answers_and_what_it_was_asked_is_given_up_once() -> None:
+    async def ask() -> None:
+        cluster = Cluster("a", "b")
+        watched = Watched(cluster)
+        await watched.look()
+        assert (watched.avoided, watched.given_up) == ([], [])
+        cluster.silent = {"a"}
+        for _ in range(3):
+            await watched.look()
+            assert (watched.avoided, watched.given_up) == (["a"], [cluster.pools["a"].connection])
+        cluster.silent = set()
+        await watched.look()
+        assert (watched.avoided, len(watched.given_up)) == ([], 1)
+
+    asyncio.run(ask())
+
+
+def test_silent_nodes_come_last_in_the_plan_and_are_in_it() -> None:
+    class Plan:
+        def make_query_plan(self, _keyspace: Any, _query: Any) -> Iterator[str]:
+            return iter(["a", "b", "c"])
+
+    policy = Answering(Plan())
+    assert list(policy.make_query_plan()) == ["a", "b", "c"]
+    policy.silent = {"a"}
+    assert list(policy.make_query_plan()) == ["b", "c", "a"]
+    policy.silent = {"a", "b", "c"}
+    assert list(policy.make_query_plan()) == ["a", "b", "c"]
+
+
+def test_a_request_that_is_given_up_ends_once_and_its_stream_stays_taken_until_the_late_answer() -> None:
+    async def story() -> None:
+        connection = SimpleNamespace(
+            _requests={}, lock=threading.Lock(), orphaned_request_ids=set(), orphaned_threshold=99, endpoint="a"
+        )
+        returned: list[bool] = []
+        pool = SimpleNamespace(
+            is_shutdown=False,
+            borrow_connection=lambda timeout: (connection, 7),
+            return_connection=lambda _, stream_was_orphaned=False: returned.append(stream_was_orphaned),
+        )
+
+        def send_msg(_message: Any, stream: int, cb: Any, **_: Any) -> None:
+            connection._requests[stream] = (cb, None, None)
+
+        connection.send_msg = send_msg
+        plan = SimpleNamespace(load_balancing_policy=SimpleNamespace(make_query_plan=lambda *_: iter(["a"])))
+        cluster = SimpleNamespace(profile_manager=SimpleNamespace(default=plan))
+        session = SimpleNamespace(cluster=cluster, _pools={"a": pool})
+        handler = SimpleNamespace(encode_message=None, decode_message=None)
+        asked = asyncio.ensure_future(ask(session, None, handler, 0.05))
+        await asyncio.sleep(0)
+        connection._requests[8] = (lambda _: None, None, None)  # the driver's own
+        give_up(connection)
+        with pytest.raises(OperationTimedOut):
+            await asked
+        assert (connection.orphaned_request_ids, returned, list(connection._requests)) == ({7}, [True], [8])
+        connection._requests[7] = ("another request", None, None)  # the late answer came, the stream was free again
+        await asyncio.sleep(0.1)
+        assert 7 in connection._requests
+
+    asyncio.run(story())
 
 
 def test_a_node_away_at_the_first_connect_counts_when_it_comes() -> None:
