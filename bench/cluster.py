@@ -20,11 +20,12 @@ Three nodes on this machine, every row on each (RF = 3), settled at LOCAL_QUORUM
 
   calm      all three stand
   killed    SIGKILL of the third
-  back      it is started again
+  back      it was started again, and answers
   paused    SIGSTOP of the second
   resumed   SIGCONT
 
-once with LOGGED batches and once with UNLOGGED ones, into fresh tables. A phase lasts from its event to the next one,
+once with LOGGED batches and once with UNLOGGED ones, into fresh tables; the nodes are small (512 MiB), so that a few
+cores are enough for three. A phase lasts from its event to the next one,
 by when an event of the stream was meant to be sent; `stall` is the longest time without an acknowledgement, `durable`
 how far that position moved meanwhile. Judged afterwards; lost and doubled are counted from the rows alone.
 
@@ -35,7 +36,6 @@ examples:
 STORES = ("cassandra",)
 BATCHES = ("logged", "unlogged")
 NODES = 3
-HEAP = "1G"
 PHASES = ("calm", "killed", "back", "paused", "resumed")
 
 
@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--ramp", type=float, default=10.0, metavar="S", help="at the rate, before it counts (default 10)")
     add("--calm", type=float, default=20.0, metavar="S", help="before the first event, and after the last (default 20)")
     add("--away", type=float, default=30.0, metavar="S", help="until the killed node is started again (default 30)")
-    add("--back", type=float, default=40.0, metavar="S", help="from there to the pause (default 40)")
+    add("--back", type=float, default=40.0, metavar="S", help="until another is paused (default 40)")
     add("--paused", type=float, default=25.0, metavar="S", help="(default 25)")
     add("--plot", type=Path, metavar="FILE", help="draw the seconds as PNG, LOGGED above UNLOGGED")
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
     if args.port is not None:
         raise BenchError("--port: nodes are killed and paused here, so it takes its own only")
     found: dict[str, dict[str, Any]] = {}
-    with places.nodes(NODES, folder / "warm-up", report, args.warm_up, HEAP) as place:
+    with places.nodes(NODES, folder / "warm-up", report, args.warm_up) as place:
         for batch in BATCHES:
             report.note(f"{batch.upper()}: {args.rate:,.0f} events/s")
             found[batch] = measure(place, folder / batch, batch, args, report)
@@ -83,30 +83,30 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
 
 
 class Story:
-    """What happens to the nodes while the engine publishes; when each thing was begun, and `durable` then."""
+    """What happens to the nodes while the engine publishes; when each phase began, and `durable` then."""
 
     def __init__(self, place: places.CassandraPlace, args: argparse.Namespace) -> None:
         self.marks: list[tuple[int, int]] = []  # us since 1970, durable
-        self._name = place.started_as
+        self._name = str(place.started_as)
         self._ramp_s = args.ramp
-        self._lengths_s = (args.calm, args.away, args.back, args.paused)
+        self._phases_s = (args.calm, args.away, args.back, args.paused)
+        self._last_s = args.calm
 
     def happens(self, world: World, _sidecar: Process) -> None:
         """Wait until it settles, then let it happen."""
         while not world.said().get("acked"):
             time.sleep(0.05)
         time.sleep(self._ramp_s)
-        due = time.monotonic()
         self._mark(world)
         events = (("kill", 3), ("start", 3), ("pause", 2), ("resume", 2))
-        for length_s, (verb, number) in zip(self._lengths_s, events, strict=True):
-            due += length_s
-            time.sleep(max(due - time.monotonic(), 0))
-            self._mark(world)
-            places.script(verb, "--name", str(self._name), "--node", str(number), "--json")
-
-    def ends(self, world: World) -> None:
-        """Mark the end."""
+        for phase_s, (verb, number) in zip(self._phases_s, events, strict=True):
+            time.sleep(phase_s)
+            if verb != "start":
+                self._mark(world)
+            places.script(verb, "--name", self._name, "--node", str(number), "--json")
+            if verb == "start":  # which returns when the node answers
+                self._mark(world)
+        time.sleep(self._last_s)
         self._mark(world)
 
     def _mark(self, world: World) -> None:
@@ -118,20 +118,17 @@ def measure(
 ) -> dict[str, Any]:
     """Let the story happen to one kind of batches; give the figures."""
     workload = runs.Workload(trades=0, users=args.users)
-    seconds = args.ramp + args.calm + args.away + args.back + args.paused + args.calm
-    events = workload.deposits + int(args.rate * seconds)
-    engine = [*workload.engine(), "--count", str(events), "--rate", str(args.rate), "--burst", str(workload.deposits)]
+    engine = [*workload.engine(), "--rate", str(args.rate), "--burst", str(workload.deposits)]
     story, counted = Story(place, args), (0, 0)
 
     def count(world: World, last_sequence: int) -> None:
         nonlocal counted
-        story.ends(world)
         counted = lost_and_doubled(str(world.judged), last_sequence)
 
     settings = [f"store.cassandra.batch={batch}", *args.set]
     done = runs.settle_live(
         place, folder, engine, settings=settings, judge=args.judge, watch_every_s=0.25,
-        timeout_s=seconds + 300, meanwhile=story.happens, afterwards=count,
+        meanwhile=story.happens, afterwards=count,
     )  # fmt: skip
     phases = [
         {"phase": phase, **figures(done.joined, begin[0], end[0]), "durable": end[1] - begin[1]}

@@ -107,20 +107,17 @@ def place(
     elif port is not None:
         yield _known(CassandraPlace("127.0.0.1", port), folder, report, warm_up_s)
     else:
-        with nodes(1, folder, report, warm_up_s, jvm=jvm) as started:
+        with nodes(1, folder, report, warm_up_s, "--bench", *(f"--jvm={argument}" for argument in jvm)) as started:
             yield started
 
 
 @contextmanager
-def nodes(
-    count: int, folder: Path, report: Report, warm_up_s: float, heap: str = "2G", jvm: Sequence[str] = ()
-) -> Iterator[CassandraPlace]:
-    """Start so many nodes of one cluster, warm them up, wipe them at the end."""
+def nodes(count: int, folder: Path, report: Report, warm_up_s: float, *options: str) -> Iterator[CassandraPlace]:
+    """Start so many nodes of one cluster, warm them up, wipe them at the end; `options` of `scripts/cassandra start`."""
     name = f"bench-{os.getpid()}"
     try:
-        report.note(f"starting {'a Cassandra node' if count == 1 else f'{count} Cassandra nodes'} ({heap}, G1)")
-        options = ["--heap", heap, *(f"--jvm={argument}" for argument in jvm)]
-        told = script("start", "--name", name, "--bench", *options, "--nodes", str(count), "--json")["nodes"]
+        report.note(f"starting {'a Cassandra node' if count == 1 else f'{count} Cassandra nodes'}")
+        told = script("start", "--name", name, "--nodes", str(count), *options, "--json")["nodes"]
         report.database["jdk"] = machine.jdk()
         hosts = [one["host"] for one in told]
         yield _known(CassandraPlace(hosts[0], told[0]["port"], hosts, name), folder, report, warm_up_s)

@@ -8,6 +8,7 @@ journal: a figure for rows that are not right is worth nothing.
 from __future__ import annotations
 
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -197,8 +198,8 @@ def settle_live(
 ) -> Settled:  # fmt: skip
     """Settle a stream with `sidecar run` while an engine publishes it; the clock starts with the first frame.
 
-    `meanwhile` is called with the world and the sidecar while the engine is at it, `afterwards` with the world and the
-    last sequence when all is settled.
+    `meanwhile` is called with the world and the sidecar while the engine is at it; an engine without a bound ends with
+    it. `afterwards` is called with the world and the last sequence when all is settled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ack_log = folder / "acks"
@@ -211,6 +212,8 @@ def settle_live(
         with Watch(sidecar.pid, every_s=watch_every_s) as watch:
             publishing = world.engine(*engine)
             meanwhile(world, sidecar)
+            if not {"--count", "--trades"} & {*engine}:
+                publishing.signal(signal.SIGTERM)  # it would never end
             result = publishing.result(timeout_s)
             until_acked(world, sidecar, result["last_sequence"])
         sidecar.term()

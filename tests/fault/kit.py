@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import closing
 from typing import Any
 
 from bench.counts import lost_and_doubled
