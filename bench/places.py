@@ -113,7 +113,7 @@ def place(
 
 @contextmanager
 def nodes(count: int, folder: Path, report: Report, warm_up_s: float, *options: str) -> Iterator[CassandraPlace]:
-    """Start so many nodes of one cluster, warm them up, wipe them at the end; `options` of `scripts/cassandra start`."""
+    """Start so many nodes of a cluster, warm them up, wipe them at the end; `options` of `scripts/cassandra start`."""
     name = f"bench-{os.getpid()}"
     try:
         report.note(f"starting {'a Cassandra node' if count == 1 else f'{count} Cassandra nodes'}")
