@@ -22,6 +22,7 @@ NODES = 3
 RATE = 300  # three nodes share the machine
 DURABLE_AFTER_S = 2
 ON_S = 3 * DURABLE_AFTER_S  # were it not frozen, `durable` would have moved while so much is settled
+REQUEST = "store.cassandra.request_timeout_s=2"  # of settling alone: tables may take longer
 AWAY_S = 90.0  # until the others have called a dead node down: 20 s on an idle machine
 
 
@@ -41,7 +42,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, cluster: Node) -> Iter
         f"store.cassandra.keyspace={keyspace}",
         f"store.cassandra.replication_factor={NODES}",
         f"store.cassandra.batch={request.param}",
-        "store.cassandra.request_timeout_s=2",
     ]
     settings = [f"pipeline.durable_after_s={DURABLE_AFTER_S}"]
     judged = f"cassandra:{cluster.host}:{cluster.port}/{keyspace}"
@@ -84,7 +84,7 @@ def _moves_again(world: World, durable: int) -> None:
 @both
 def test_f37_node_killed_and_back(world: World, fault: Fault, cluster: Node) -> None:
     """SIGKILL of one node under load, with LOGGED batches and with UNLOGGED ones; it is started again."""
-    run, engine = under_load(world, rate=RATE)
+    run, engine = under_load(world, REQUEST, rate=RATE)
     cluster.kill(3)
     fault.strike()
     durable = _is_frozen_without(world, cluster, 3)
@@ -97,7 +97,7 @@ def test_f37_node_killed_and_back(world: World, fault: Fault, cluster: Node) -> 
 
 def test_f37_node_back_with_a_cut_commit_log(world: World, fault: Fault, cluster: Node) -> None:
     """SIGKILL of one node, which has lost its last two thousand writes when it is back at once."""
-    run, engine = under_load(world, rate=RATE)
+    run, engine = under_load(world, REQUEST, rate=RATE)
     (lost,) = cluster.kill(2, cut_commitlog=2_000)
     print(f"lost with the commit log: {lost}")
     assert lost.mutations > 500
@@ -110,7 +110,7 @@ def test_f37_node_back_with_a_cut_commit_log(world: World, fault: Fault, cluster
 
 def test_f37_node_paused_and_resumed(world: World, fault: Fault, cluster: Node) -> None:
     """SIGSTOP of one node under load, until the driver has given it up; SIGCONT."""
-    run, engine = under_load(world, rate=RATE)
+    run, engine = under_load(world, REQUEST, rate=RATE)
     cluster.pause(2)
     fault.strike()
     durable = _is_frozen_without(world, cluster, 2)
@@ -126,7 +126,7 @@ def test_f37_what_only_one_node_still_has(world: World, fault: Fault, cluster: N
     for number in range(1, NODES + 1):
         cluster.nodetool("disablehandoff", number=number)  # nobody brings the paused one what it missed
     try:
-        run, engine = under_load(world, rate=RATE)
+        run, engine = under_load(world, REQUEST, rate=RATE)
         _settles_on(world, 1)
         cluster.pause(1)
         fault.strike()
