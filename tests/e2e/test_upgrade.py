@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.counts import lost_and_doubled
 from bench.world import ENVIRONMENT, ROOT, World, until
-from tests.fault.kit import is_run_by, lost_and_doubled, taped
+from tests.fault.kit import is_run_by, taped
 from tests.fault.tools import EARLY_COMMIT
 from tests.stores import StoreUnderTest
 

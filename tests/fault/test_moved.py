@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from bench.counts import lost_and_doubled
 from bench.world import Process, World, free_port, until
-from tests.fault.kit import Fault, is_run_by, lost_and_doubled, taped
+from tests.fault.kit import Fault, is_run_by, taped
 from tests.stores import StoreUnderTest
 
 OLD, NEW = "old.db", "new.db"

@@ -75,7 +75,7 @@ def value_bytes(batch: Batch) -> int:
 def test_a_trades_row_has_every_field_under_its_column() -> None:
     one = trade(7, trade_id=123_456, buyer_fee=4, seller_fee=8, ts_us=99, settled_at=5)
     ledger = Ledger(symbols=SYMBOLS, first_sequence=7, base_us=0, state=before(7, 0))
-    ledger.accounts = dict.fromkeys(ledger.accounts_of(one), EMPTY_ACCOUNT)
+    ledger.accounts.update(dict.fromkeys(ledger.accounts_of(one), EMPTY_ACCOUNT))
     (batch,) = cut(deque([ledger.fold(one, 1 << 60)]))
     row = dict(zip(TRADE_COLUMNS, batch.trades["btc_usdt"][0], strict=True))
     fields = trade_fields(7, trade_id=123_456, buyer_fee=4, seller_fee=8, ts_us=99, settled_at=5)
@@ -205,7 +205,7 @@ def test_a_gap_alone_is_an_empty_batch_and_rides_along_otherwise() -> None:
 def test_a_trade_whose_accounts_are_all_ahead_still_has_its_row() -> None:
     ledger = Ledger(symbols=SYMBOLS, first_sequence=1, base_us=0, state=before(1, 0))
     one = trade(1)
-    ledger.accounts = {key: Account(1, 1, 9, 0) for key in ledger.accounts_of(one)}
+    ledger.accounts.update({key: Account(1, 1, 9, 0) for key in ledger.accounts_of(one)})
     batch = take_all(deque([ledger.fold(one, 1 << 60)]))
     assert not batch.is_empty
     assert not batch.balances
