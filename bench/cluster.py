@@ -45,9 +45,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=300.0, metavar="R", help="events a second (default 300)")
     add("--users", type=int, default=200, metavar="N", help="who trade (default 200)")
     add("--ramp", type=float, default=10.0, metavar="S", help="at the rate, before it counts (default 10)")
-    add("--calm", type=float, default=20.0, metavar="S", help="before the first event, and after the last (default 20)")
+    add("--calm", type=float, default=20.0, metavar="S", help="before the first event (default 20)")
     add("--away", type=float, default=30.0, metavar="S", help="until the killed node is started again (default 30)")
-    add("--back", type=float, default=40.0, metavar="S", help="until another is paused (default 40)")
+    add("--back", type=float, default=40.0, metavar="S", help="until another is paused, and after that one is resumed (default 40)")
     add("--paused", type=float, default=25.0, metavar="S", help="(default 25)")
     add("--plot", type=Path, metavar="FILE", help="draw the seconds as PNG, LOGGED above UNLOGGED")
 
@@ -90,7 +90,7 @@ class Story:
         self._name = str(place.started_as)
         self._ramp_s = args.ramp
         self._phases_s = (args.calm, args.away, args.back, args.paused)
-        self._last_s = args.calm
+        self._last_s = args.back
 
     def happens(self, world: World, _sidecar: Process) -> None:
         """Wait until it settles, then let it happen."""
