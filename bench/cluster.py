@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--ramp", type=float, default=10.0, metavar="S", help="at the rate, before it counts (default 10)")
     add("--calm", type=float, default=20.0, metavar="S", help="before the first event (default 20)")
     add("--away", type=float, default=30.0, metavar="S", help="until the killed node is started again (default 30)")
-    add("--back", type=float, default=40.0, metavar="S", help="until another is paused, and after that one is resumed (default 40)")
+    add("--back", type=float, default=40.0, metavar="S", help="before the pause, and after it (default 40)")
     add("--paused", type=float, default=25.0, metavar="S", help="(default 25)")
     add("--plot", type=Path, metavar="FILE", help="draw the seconds as PNG, LOGGED above UNLOGGED")
 
