@@ -19,6 +19,7 @@ VERBS = {
     "queries": "queries",
     "growth": "growth",
     "streams": "streams",
+    "proofs": "proofs",
     "sweep": "sweep",
     "profile": "stages",
     "soak": "soak",
