@@ -348,7 +348,7 @@ class PipelineSection:
 
     batch_trades_max: int = _key(_integer(1, 10_000, "trades"), 32)
     batch_bytes_max: int = _key(_integer(1, 16_777_216, "bytes"), 12_288)
-    inflight_batches_max: int = _key(_integer(1, 1_024, "batches"), 16)
+    inflight_batches_max: int = _key(_integer(1, 1_024, "batches"), 32)
     durable_after_s: float = _key(_seconds(most=DAY_S), 20.0)
     accounts_max: int = _key(_integer(ACCOUNTS_MAX_LEAST, 1_000_000_000, "accounts"), 2_000_000)
     shutdown_timeout_s: float = _key(_seconds(most=DAY_S), 20.0)

@@ -40,7 +40,7 @@ class Bounds:
 
     batch_trades_max: int = 32
     batch_bytes_max: int = 12_288
-    inflight_batches_max: int = 16
+    inflight_batches_max: int = 32
     durable_after_s: float = 20.0
     accounts_max: int = 2_000_000
     shutdown_timeout_s: float = 20.0

@@ -91,7 +91,7 @@ DEFAULTS: dict[str, Any] = {
     "pipeline": {
         "batch_trades_max": 32,
         "batch_bytes_max": 12_288,
-        "inflight_batches_max": 16,
+        "inflight_batches_max": 32,
         "durable_after_s": 20.0,
         "accounts_max": 2_000_000,
         "shutdown_timeout_s": 20.0,
