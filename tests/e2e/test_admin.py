@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.world import ENVIRONMENT, World, free_port, until
+from sidecar.life import Bounds
 
 # As root and without a network: no sandbox of its own, nothing that calls home.
 CHROMIUM_OPTIONS = (
@@ -73,7 +74,7 @@ def test_what_is_counted_is_what_happened(tmp_path: Path) -> None:
         assert shown["sidecar_frames_received_total",] == shown["sidecar_events_recorded_total",] == 2000
         assert shown["sidecar_events_acknowledged_total",] == 2000
         assert 0 < shown["sidecar_acknowledge_seconds_count",] <= 2000, "the last few wait for the next sample"
-        assert 2000 / 16 <= shown["sidecar_batches_acknowledged_total",] <= 2000
+        assert 2000 / Bounds().batch_trades_max <= shown["sidecar_batches_acknowledged_total",] <= 2000
         for position in ("taped", "acked", "durable"):
             assert shown[f"sidecar_{position}_sequence",] == 2000
         assert (shown["sidecar_lag_events",], shown["sidecar_state", "running"], shown["sidecar_lives_total",]) == (
