@@ -67,6 +67,7 @@ def test_what_is_counted_is_what_happened(tmp_path: Path) -> None:
         world.until_acked(2000)
         until(lambda: at.status()["durable"] == 2000, "all of it is durable")
         until(lambda: at.metrics().get(("sidecar_rejected_events_total",)) == 1, "the rejected one is counted", 30)
+        until(lambda: at.status()["rejected"] == 1, "and shown: what is shown is a second old at most")
         said, shown = at.status(), at.metrics()
         verb = world.status()
         assert {key: said[key] for key in said if key in verb} == {key: verb[key] for key in said}
