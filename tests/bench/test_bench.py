@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bench import __main__ as bench
-from bench import acks, cluster, compare, engine, growth, judge, latency, report, rows, soak
+from bench import acks, cluster, compare, engine, growth, judge, latency, report, rows, soak, sweep
 from bench.report import BenchError
 from bench.watch import Sample, Watch, look
 from bench.world import until
@@ -163,6 +165,50 @@ def test_compare_measures_every_way_on_the_same_rows(run: Callable[..., Ran], ca
     assert not [why for why in figures["invalid_because"] if "equal" in why or "rows" in why]
     assert figures["ratios"]["sidecar/ceiling"] == pytest.approx(figures["sidecar_tps"] / figures["ceiling_tps"], 0.01)
     assert ran.line["versions"]["cassandra"]
+
+
+@pytest.mark.long
+def test_proofs_are_found_clean_beside_a_load(run: Callable[..., Ran]) -> None:
+    ran = run("proofs", "--proofs", "2", "--between", "1", "--ramp", "1", "--rate", "300", *SMALL)
+    assert ran.status == 0, ran.errors
+    assert (ran.figures["proofs"], ran.figures["findings"], ran.figures["equal"]) == (2, 0, True)
+    assert ran.figures["with"]["p99_ms"] > 0 < ran.figures["without"]["p99_ms"]
+
+
+@pytest.mark.cassandra
+@pytest.mark.long
+def test_sweep_settles_each_variant_and_judges_it(run: Callable[..., Ran], cassandra_node: Node) -> None:
+    ran = run(
+        *("sweep", "--port", str(cassandra_node.port), "--warm-up", "0", "--trades", "400", "--rounds", "1"),
+        *("--tables", "shipped,zstd", "--latency", "2", "--rate", "300", *SMALL),
+    )
+    assert ran.status == 0, ran.errors
+    assert list(ran.figures["points"]) == ["shipped", "zstd"]
+    assert all(one["equal"] and one["live_equal"] for one in ran.figures["points"].values())
+
+
+@pytest.mark.parametrize(
+    "given, what",
+    [
+        ({}, "wanted: --vary"),
+        ({"vary": ["tape.turn_min_s=0"], "jvm": "g1"}, "wanted: --vary"),
+        ({"vary": ["tape.turn_min_s"]}, "wanted like"),
+        ({"tables": "shipped,lz5"}, "--tables lz5: there are shipped, stcs"),
+        ({"jvm": "g2"}, "--jvm g2: there are g1, "),
+    ],
+)
+def test_a_sweep_says_what_it_can_vary(given: dict[str, Any], what: str) -> None:
+    with pytest.raises(BenchError, match=re.escape(what)):
+        sweep.variants(argparse.Namespace(**({"vary": [], "tables": None, "jvm": None} | given)))
+
+
+def test_a_sweep_goes_through_all_combinations() -> None:
+    axes = ["pipeline.batch_trades_max=8,16", "pipeline.inflight_batches_max=4"]
+    points = sweep.variants(argparse.Namespace(vary=axes, tables=None, jvm=None))
+    assert list(points) == ["batch_trades_max=8 inflight_batches_max=4", "batch_trades_max=16 inflight_batches_max=4"]
+    assert [*points["batch_trades_max=8 inflight_batches_max=4"]] == [
+        "pipeline.batch_trades_max=8", "pipeline.inflight_batches_max=4",
+    ]  # fmt: skip
 
 
 # --- its face ---------------------------------------------------------------------------------------------------------

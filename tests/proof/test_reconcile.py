@@ -415,7 +415,7 @@ def test_the_rate_is_kept(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
-@pytest.mark.parametrize("rate, rows", [([], 250), (["--rate", "500"], 250), (["--rate", "0"], 2_000)])
+@pytest.mark.parametrize("rate, rows", [([], 50), (["--rate", "500"], 50), (["--rate", "0"], 2_000)])
 def test_whoever_bounds_the_rate_is_given_small_pages(
     rate: list[str], rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
