@@ -118,7 +118,7 @@ def measure(
 ) -> dict[str, Any]:
     """Let the story happen to one kind of batches; give the figures."""
     workload = runs.Workload(trades=0, users=args.users)
-    engine = [*workload.engine(), "--rate", str(args.rate), "--burst", str(workload.deposits)]
+    engine = workload.steady(args.rate)
     story, counted = Story(place, args), (0, 0)
 
     def count(world: World, last_sequence: int) -> None:

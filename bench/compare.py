@@ -106,12 +106,6 @@ class Comparison:
         self.candidates = [(one["batch"], one["window"]) for one in best]
         return found
 
-    def _program(self, module: str, spot: places.Spot, *more: object) -> dict[str, Any]:
-        return places.program(
-            module, *map(str, more), "--host", self._place.host, "--port", str(self._place.port),
-            "--keyspace", spot.keyspace, "--journal", str(self._tape.journal),
-        )  # fmt: skip
-
     def _ceiling(self, folder: Path) -> dict[str, Any]:
         """Take the best candidate of this round: one lucky figure of the sweep must not lower the ceiling."""
         found = [
@@ -127,7 +121,7 @@ class Comparison:
         folder.mkdir(parents=True)
         with self._place.fresh(folder) as spot:
             more = ("--trades", trades, "--batch", batch, "--window", window)
-            done = self._program("bench.ceiling", spot, *more)
+            done = self._place.program("bench.ceiling", spot, self._tape.journal, *more)
             if judge:
                 done["equal"] = self._judge(folder, spot)
         return {"batch": batch, "window": window, **done}
@@ -136,7 +130,8 @@ class Comparison:
         folder.mkdir(parents=True)
         with self._place.fresh(folder) as spot:
             trades = min(PLAIN_TRADES[way], self._args.trades)
-            return self._program("bench.plain", spot, way, "--trades", trades, "--seconds", self._args.seconds)
+            more = (way, "--trades", trades, "--seconds", self._args.seconds)
+            return self._place.program("bench.plain", spot, self._tape.journal, *more)
 
     def _sidecar(self, folder: Path) -> dict[str, Any]:
         done = runs.settle_tape(self._place, self._tape, folder, settings=self._args.set, judge=self._args.judge)

@@ -94,8 +94,7 @@ def held_live(place: places.Place, folder: Path, args: argparse.Namespace, repor
 def measure(place: places.Place, folder: Path, rate: float, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Measure one rate; give the histogram and the figures."""
     workload = runs.Workload(trades=0, users=args.users)
-    events = workload.deposits + int(rate * (args.ramp + args.seconds))
-    engine = [*workload.engine(), "--count", str(events), "--rate", str(rate), "--burst", str(workload.deposits)]
+    engine = workload.steady(rate, args.ramp + args.seconds)
     done = runs.settle_live(place, folder, engine, settings=args.set, judge=args.judge, watch_every_s=0.25)
     sent, joined, watch = done.joined.sent, done.joined, done.watch
     begin_us = sent.meant_us[workload.deposits] + int(args.ramp * 1e6)

@@ -75,6 +75,13 @@ class CassandraPlace:
             with Connection(self.host, self.port) as connection:
                 connection.query(f"DROP KEYSPACE IF EXISTS {keyspace}")
 
+    def program(self, module: str, spot: Spot, journal: Path, *more: object) -> dict[str, Any]:
+        """Run a program of the bench that writes a journal's rows into a run's tables by itself."""
+        return program(
+            module, *map(str, more), "--host", self.host, "--port", str(self.port), "--keyspace", spot.keyspace,
+            "--journal", str(journal),
+        )  # fmt: skip
+
     def version(self) -> str:
         """Ask the node for its version."""
         with Connection(self.host, self.port) as connection:

@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[str], str, bool]:
     """Measure."""
     workload = runs.Workload(trades=0, users=args.users)
-    engine = [*workload.engine(), "--rate", str(args.rate), "--burst", str(workload.deposits)]
+    engine = workload.steady(args.rate)
     spans: dict[str, list[tuple[int, int]]] = {"without": [], "with": []}
     said: list[dict[str, Any]] = []
 

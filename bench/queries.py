@@ -39,8 +39,7 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
     """Measure."""
     workload = runs.Workload(trades=0, users=args.users)
     spare_s = 4.0 + 2 * args.ask_first  # the asking process starts meanwhile
-    events = workload.deposits + int(args.rate * (args.ramp + args.seconds + spare_s))
-    engine = [*workload.engine(), "--count", str(events), "--rate", str(args.rate), "--burst", str(workload.deposits)]
+    engine = workload.steady(args.rate, args.ramp + args.seconds + spare_s)
     asked: dict[str, Any] = {}
     asked_us = [0, 0]
 

@@ -40,6 +40,11 @@ class Workload:
         """Give the engine's arguments."""
         return ["--users", str(self.users), "--seed", str(self.seed)]
 
+    def steady(self, rate: float, seconds: float | None = None) -> list[str]:
+        """Give the arguments of a steady rate (events a second) after the deposits, sent at once; None: without end."""
+        count = [] if seconds is None else ["--count", str(self.deposits + int(rate * seconds))]
+        return [*self.engine(), *count, "--rate", str(rate), "--burst", str(self.deposits)]
+
     @property
     def deposits(self) -> int:
         """Count the ledger events that the stream begins with."""

@@ -48,8 +48,7 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
     """Measure."""
     workload = runs.Workload(trades=0, users=args.users)
     seconds = args.minutes * 60
-    events = workload.deposits + int(args.rate * (args.ramp + seconds))
-    engine = [*workload.engine(), "--count", str(events), "--rate", str(args.rate), "--burst", str(workload.deposits)]
+    engine = workload.steady(args.rate, args.ramp + seconds)
     with places.place(args.store, args.port, folder / "warm-up", report, args.warm_up) as place:
         report.note(f"settling {args.rate:,.0f} events/s for {args.minutes:g} minutes")
         done = runs.settle_live(
@@ -66,8 +65,8 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
     if done.equal is False:
         drifts.append("the judge found differences")
     report.figures |= {
-        "store": place.name, "events": events, "intervals": intervals, "drifts": drifts, "lives": done.lives,
-        "equal": done.equal, "ok": not drifts,
+        "store": place.name, "events": done.joined.sent.last_sequence, "intervals": intervals, "drifts": drifts,
+        "lives": done.lives, "equal": done.equal, "ok": not drifts,
     }  # fmt: skip
     if args.plot:
         draw(args.plot, place.name, intervals)

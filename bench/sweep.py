@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import places, runs
+from bench import latency, places, runs
 from bench.cql import Connection
-from bench.report import BenchError, Report, percentiles, plotting, table
+from bench.report import BenchError, Report, plotting, table
 
 SAYS = "settings side by side: batch, window, turn, table options, JVM arguments"
 STORES = ("cassandra",)
@@ -33,6 +33,7 @@ examples:
   scripts/bench sweep --jvm g1,g1-50,g1-young,parallel --latency 20 --rounds 2
 """
 CEILING = (16, 16)
+LATENCY_RAMP_S = 5.0
 TABLES = {
     "shipped": "",
     "stcs": "compaction = {'class': 'SizeTieredCompactionStrategy'}",
@@ -154,37 +155,22 @@ class Sweep:
         folder.mkdir()
         batch, window = CEILING
         with place.fresh(folder) as spot:
-            done = places.program(
-                "bench.ceiling", "--host", place.host, "--port", str(place.port), "--keyspace", spot.keyspace,
-                "--journal", str(self._tape.journal), "--trades", str(self._args.trades),
-                "--batch", str(batch), "--window", str(window),
-            )  # fmt: skip
+            more = ("--trades", self._args.trades, "--batch", batch, "--window", window)
+            done = place.program("bench.ceiling", spot, self._tape.journal, *more)
         self._report.note(f"round {number + 1}: ceiling {done['trades_per_s']:,.0f} trades/s")
         return float(done["trades_per_s"])
 
     def _latency(self, place: places.CassandraPlace, name: str, settings: list[str]) -> dict[str, Any]:
-        args, ramp_s = self._args, 5.0
-        workload = runs.Workload(trades=0, users=args.users)
-        events = workload.deposits + int(args.rate * (ramp_s + args.latency))
-        engine = [
-            *workload.engine(),
-            "--count",
-            str(events),
-            "--rate",
-            str(args.rate),
-            "--burst",
-            str(workload.deposits),
-        ]
+        given = argparse.Namespace(**vars(self._args) | {
+            "ramp": LATENCY_RAMP_S, "seconds": self._args.latency, "set": [*self._args.set, *settings],
+        })  # fmt: skip
         folder = self._folder / f"{place.port}-latency-{len(self.found)}"
-        done = runs.settle_live(
-            place, folder, engine, settings=[*args.set, *settings], judge=args.judge, watch_every_s=0.25
-        )
-        begin_us = done.joined.sent.meant_us[workload.deposits] + int(ramp_s * 1e6)
-        end_us = begin_us + int(args.latency * 1e6)
-        found = percentiles(done.joined.latencies(begin_us, end_us))
-        self._report.note(f"{name}: {args.rate:,.0f}/s, p50 {found['p50_ms']:.2f}, p99 {found['p99_ms']:.2f} ms")
-        cpu_percent = round(done.watch.cpu_s(begin_us, end_us) * 100 / args.latency, 1)
-        return {**found, "cpu_percent": cpu_percent, "live_equal": done.equal is not False}
+        _, found = latency.measure(place, folder, self._args.rate, given)
+        self._report.note(f"{name}: {self._args.rate:,.0f}/s, p50 {found['p50_ms']:.2f}, p99 {found['p99_ms']:.2f} ms")
+        return {
+            **{key: found[key] for key in ("p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms", "cpu_percent")},
+            "live_equal": found["equal"] is not False,
+        }
 
 
 def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[str], str, bool]:

@@ -1,7 +1,7 @@
 """The value types that travel: what an engine says, and nothing about how it is sent or stored.
 
-Named tuples, because one is made for every frame: cheap to build, immutable, and a trade's fields stand in the order of
-its table's columns (schema.cql), so that a row is a slice. Amounts are integers in the asset's smallest unit.
+Named tuples, because one is made for every frame: cheap to build and immutable. A trade's fields stand in the order of
+its table's columns (schema.cql). Amounts are integers in the asset's smallest unit.
 """
 
 from __future__ import annotations

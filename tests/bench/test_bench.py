@@ -19,6 +19,7 @@ from bench import acks, cluster, compare, engine, growth, judge, latency, report
 from bench.report import BenchError
 from bench.watch import Sample, Watch, look
 from bench.world import until
+from tests.stores import MOSTLY_SQLITE
 
 if TYPE_CHECKING:
     from tests.cassandra_node import Node
@@ -107,9 +108,7 @@ def test_growth_of_symbols_has_tables_for_each(run: Callable[..., Ran]) -> None:
     assert ran.figures["equal"] is True
 
 
-@pytest.mark.parametrize(
-    "store", ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])]
-)
+@pytest.mark.parametrize("store", MOSTLY_SQLITE)
 def test_streams_settle_at_once_and_are_judged_together(
     run: Callable[..., Ran], request: pytest.FixtureRequest, tmp_path: Path, store: str
 ) -> None:

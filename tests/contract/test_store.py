@@ -20,6 +20,7 @@ from sidecar.errors import StoreRefusedError
 from sidecar.events import I63_MAX, Account, AccountKey, Balance, Decision, State
 from sidecar.store.base import ProofFinding, ProofRun, StampedBalance, Store
 from sidecar.store.sqlite import SQLiteStore
+from tests.stores import STORES
 
 if TYPE_CHECKING:
     from tests.cassandra_node import Node
@@ -78,7 +79,7 @@ class Rows:
         asyncio.run(asked())
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)])
+@pytest.fixture(scope="module", params=STORES)
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """The rows of one store, shared by this module's tests: each keeps to its own stream, users and trade ids."""
     node = request.getfixturevalue("cassandra_node") if request.param == "cassandra" else None

@@ -22,7 +22,7 @@ from bench.counts import lost_and_doubled
 from bench.world import ENVIRONMENT, ROOT, World, until
 from tests.fault.kit import is_run_by, taped
 from tests.fault.tools import EARLY_COMMIT
-from tests.stores import StoreUnderTest
+from tests.stores import STORES, StoreUnderTest
 
 SETTINGS = ["pipeline.durable_after_s=0.5"]
 USERS = ("--users", "50")
@@ -146,9 +146,7 @@ def earlier(tmp_path: Path) -> list[str]:
 @pytest.mark.long
 @pytest.mark.needs("history")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "under_test", ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)], indirect=True
-)
+@pytest.mark.parametrize("under_test", STORES, indirect=True)
 def test_an_earlier_release_is_taken_over_under_load_and_takes_over_again(
     tmp_path: Path, under_test: StoreUnderTest, earlier: list[str]
 ) -> None:

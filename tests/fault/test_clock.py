@@ -10,17 +10,13 @@ import pytest
 from bench.world import World, until
 from tests.fault.kit import Fault, is_run_by
 from tests.fault.tools import Clock
-from tests.stores import StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, StoreUnderTest
 
 STEPS = ("-2h", "+2d", "-2h", "+0")
 
 
 @pytest.mark.needs("faketime")
-@pytest.mark.parametrize(
-    "under_test",
-    ["sqlite", pytest.param("cassandra", marks=[pytest.mark.long, pytest.mark.cassandra])],
-    indirect=True,
-)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_f33_clock_two_hours_back_and_two_days_ahead(tmp_path: Path, fault: Fault, under_test: StoreUnderTest) -> None:
     """The clock is set two hours back and two days ahead while frames with true times come, with restarts there; the
     stream itself was begun two days ahead."""

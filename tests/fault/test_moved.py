@@ -17,14 +17,12 @@ import pytest
 from bench.counts import lost_and_doubled
 from bench.world import Process, World, free_port, until
 from tests.fault.kit import Fault, is_run_by, taped
-from tests.stores import StoreUnderTest
+from tests.stores import MOSTLY_SQLITE, STORES, StoreUnderTest
 
 OLD, NEW = "old.db", "new.db"
 RATE = 800
 USERS = ("--users", "50")
-ON_EACH_STORE = pytest.mark.parametrize(
-    "under_test", ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)], indirect=True
-)
+ON_EACH_STORE = pytest.mark.parametrize("under_test", STORES, indirect=True)
 
 
 def _world(folder: Path, under_test: StoreUnderTest, durable_after_s: float = 0.5) -> World:
@@ -61,11 +59,7 @@ def _ends(world: World, engine: Process, fault: Fault, tape: str, *judging: str,
 
 
 @pytest.mark.fault("F01")
-@pytest.mark.parametrize(
-    "under_test",
-    ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])],
-    indirect=True,
-)
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
 def test_moved_while_the_old_host_serves_its_tape(tmp_path: Path, fault: Fault, under_test: StoreUnderTest) -> None:
     """Moved to a host with an empty tape, which the old one's replay server fills; then the old one is stopped."""
     served = f"tcp://127.0.0.1:{free_port()}"

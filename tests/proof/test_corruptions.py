@@ -18,6 +18,7 @@ from sidecar.proof.work import Work
 from sidecar.store.base import Store
 from sidecar.store.sqlite import SQLiteStore
 from tests.books import SYMBOL_OF, Books, Hand
+from tests.stores import STORES
 from tests.streams import BTC, SYMBOLS, USDT
 
 if TYPE_CHECKING:
@@ -313,7 +314,7 @@ def a_store(kind: str, folder: Path, node: Node | None) -> Iterator[Store]:
     yield CassandraStore(page_widths=widths, contact_points=[node.host], port=node.port, keyspace=keyspace)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)])
+@pytest.mark.parametrize("kind", STORES)
 def test_every_corruption_is_found_and_mended(tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
     node = request.getfixturevalue("cassandra_node") if kind == "cassandra" else None
 
