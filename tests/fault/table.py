@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from tests import stores
+
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 ARCHITECTURE: Final = ROOT / "ARCHITECTURE.md"
 BEGIN: Final = "<!-- the faults: written by `scripts/check --fix` from the tests' names -->"
@@ -126,9 +128,13 @@ def _marks(given: ast.AST) -> Marks:
 
 
 def _marks_of_parameters(given: ast.AST) -> Marks:
-    """Read the marks that only some parameters have."""
+    """Read the marks that only some parameters have, written here or under a name in tests/stores.py."""
     keywords = [node for node in ast.walk(given) if isinstance(node, ast.keyword) and node.arg == "marks"]
-    return [mark for keyword in keywords for mark in _marks(keyword.value)]
+    lists = [getattr(stores, node.id, None) for node in ast.walk(given) if isinstance(node, ast.Name)]
+    shared = [each for some in lists if isinstance(some, list) for each in some if not isinstance(each, str)]
+    return [mark for keyword in keywords for mark in _marks(keyword.value)] + [
+        (mark.name, []) for each in shared for mark in each.marks
+    ]
 
 
 def _length(of_all: set[str], of_some: set[str]) -> str:

@@ -32,6 +32,8 @@ def test_f19_torn_tape_tail():
 def test_elsewhere(): pass
 @pytest.mark.parametrize("times", [1, pytest.param(9, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
 def test_f20_some(): pass
+@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
+def test_f21_shared(): pass
 def test_other(): pass
 def helper_f20_(): pass
 '''
@@ -41,7 +43,7 @@ def test_tests_are_found_by_name_and_by_mark(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tests.fault.table.ROOT", tmp_path)
     (tmp_path / "test_some.py").write_text(_SOURCE)
     tests = find_tests(tmp_path)
-    first, second, third = tests
+    first, second, third, fourth = tests
     assert tuple(first) == (
         "test_some.py::test_f19_torn_tape_tail",
         ("F19",),
@@ -50,14 +52,15 @@ def test_tests_are_found_by_name_and_by_mark(tmp_path: Path, monkeypatch: pytest
     )
     assert tuple(second) == ("test_some.py::test_elsewhere", ("F25", "F28", "F29"), "elsewhere", "long, on a node")
     assert (third.faults, third.length) == (("F20",), "quick, more with --long, on a node")
-    assert missing(tests) == set(FAULTS) - {"F19", "F20", "F25", "F28", "F29"}
+    assert (fourth.faults, fourth.length) == (("F21",), "quick, more with --long, on a node")
+    assert missing(tests) == set(FAULTS) - {"F19", "F20", "F21", "F25", "F28", "F29"}
     lines = written(f"a\n{BEGIN}\nold\n{END}\nb", tests).splitlines()
     assert [lines[0], lines[1], lines[-2], lines[-1]] == ["a", BEGIN, END, "b"]
     assert (
         "| F19 torn tape tail | The tail of the file is cut off | `test_some.py` `test_f19_torn_tape_tail` |"
         in "".join(lines)
     )
-    assert "| F21 full disk | NO TEST | | |" in lines
+    assert "| F22 fsync error | NO TEST | | |" in lines
 
 
 def test_a_number_that_is_no_fault_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
