@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,6 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 log = logging.getLogger(__name__)
 
+BACKLOG_FRAMES: Final = 20_000  # taken without finding the queue empty: it held some MiB, which are given back
 RECONNECT_MS: Final = 100
 RECONNECT_MAX_MS: Final = 2_000
 _NEXT_STEP: Final = "check engine.curve_server_key_file and engine.curve_key_file against what the engine speaks"
@@ -28,6 +30,8 @@ _NOT_UNDERSTOOD: Final[dict[int, str]] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one of the two speaks CURVE and the other does not, or it is no ZeroMQ",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not let our key in",
 }
+# glibc's; where another C library stands, what it does with freed memory is its own affair.
+_give_back: Final[Callable[[int], int]] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
 
 
 class Feed:
@@ -76,6 +80,7 @@ class Feed:
         self._again: asyncio.Handle | None = None
         self._stands = False  # no room: frames wait in libzmq until `resume`
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._backlog_frames = 0  # taken since the queue was last found empty
         self.frames_total = 0
 
     def start(self) -> None:
@@ -135,6 +140,14 @@ class Feed:
         self._stands = not take
         if turn:
             self.frames_total += len(turn)
+            self._backlog_frames += len(turn)
             self._on_turn(turn)
-            if len(turn) == take:
+        if len(turn) == take:
+            if take:
                 self._schedule()
+            return
+        # Empty. malloc keeps what a long queue took, for ever: 50 MiB after 300,000 frames, which this gives back in
+        # 10 ms.
+        if self._backlog_frames >= BACKLOG_FRAMES:
+            _give_back(0)
+        self._backlog_frames = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,11 @@ def payloads(turns: Turns) -> list[bytes]:
     return [frames[1] for turn in turns for frames in turn]
 
 
+def resident_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize("turn_frames_max", [1, 100, 10_000, 20_000])
 def test_a_bounded_turn_does_not_stall_though_the_descriptor_speaks_once(run: Any, turn_frames_max: int) -> None:
@@ -116,6 +122,29 @@ def test_without_room_the_socket_is_left_alone_and_nothing_is_lost_until_there_i
             feed.resume()  # twice is no harm
             await until(lambda: feed.frames_total == 1_000)
             assert payloads(turns) == sent
+        publisher.close()
+
+    asyncio.run(story())
+
+
+def test_what_a_long_queue_took_is_given_back_once_it_is_empty() -> None:
+    async def story() -> None:
+        publisher, room, taken = Publisher(), 0, 0
+
+        def take(turn: list[list[bytes]]) -> None:
+            nonlocal taken
+            taken += len(turn)
+
+        async with feeding(publisher.endpoint, take, may_take=lambda: room) as feed:
+            await publisher.subscribed()
+            before_kib = resident_kib()
+            for _ in range(60_000):
+                publisher.send(bytes(1_000))
+            await until(lambda: resident_kib() > before_kib + 50_000)
+            room = 1_000
+            feed.resume()
+            await until(lambda: taken == 60_000)
+            await until(lambda: resident_kib() < before_kib + 10_000)
         publisher.close()
 
     asyncio.run(story())
