@@ -20,7 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 log = logging.getLogger(__name__)
 
-BACKLOG_FRAMES: Final = 20_000  # taken without finding the queue empty: it held some MiB, which are given back
+BACKLOG_FRAMES: Final = 10_000  # taken without finding the queue empty: it held some MiB, which are given back
 RECONNECT_MS: Final = 100
 RECONNECT_MAX_MS: Final = 2_000
 _NEXT_STEP: Final = "check engine.curve_server_key_file and engine.curve_key_file against what the engine speaks"

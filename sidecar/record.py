@@ -25,7 +25,7 @@ from sidecar.wire import decode
 
 log = logging.getLogger(__name__)
 
-PENDING_TURNS_MAX: Final = 4  # turns collected while one is being committed
+PENDING_TURNS_MAX: Final = 2  # turns collected while one is being committed
 FULL_RETRY_S: Final = 1.0
 PRUNE_EVERY_S: Final = 5.0
 WATCH_EVERY_S: Final = 0.5

@@ -16,7 +16,7 @@ import zmq
 from sidecar import record as record_module
 from sidecar.errors import TapeError
 from sidecar.events import Event, Refused
-from sidecar.record import Recorder
+from sidecar.record import PENDING_TURNS_MAX, Recorder
 from sidecar.tape import Tape, TapeReader, read_recorded, write_settled
 from tests.streams import event, pack, trade_fields
 
@@ -164,10 +164,10 @@ def test_a_full_tape_leaves_the_socket_alone_and_recording_goes_on_later(
         send(publisher, 1, 6_000)
         await until(lambda: tape.full is not None)
         assert "tape.size_bytes_max" in str(tape.full)
-        await until(lambda: tape.pending_frames == 400)
+        await until(lambda: tape.pending_frames == 100 * PENDING_TURNS_MAX)
         await asyncio.sleep(0.1)
         taken, there = recorder._feed.frames_total, reader.runs(1).head
-        assert taken <= there + 400 + 400  # the turns that wait, and the one that can't be committed
+        assert taken <= there + 2 * 100 * PENDING_TURNS_MAX  # the turns that wait, and the one that can't be committed
         for _ in range(500):
             publisher.send_multipart([b"settlement", b"\xc1"])  # those wait in the socket too
         await asyncio.sleep(0.1)
