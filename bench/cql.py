@@ -19,7 +19,7 @@ from bench.report import BenchError
 
 _HEADER = struct.Struct(">BBhBI")  # version, flags, stream, opcode, length of the body
 _REQUEST = 0x04
-_ERROR, _STARTUP, _READY, _QUERY, _RESULT, _PREPARE, _BATCH = 0x00, 0x01, 0x02, 0x07, 0x08, 0x09, 0x0D
+_ERROR, _STARTUP, _READY, _QUERY, _RESULT, _PREPARE, _EXECUTE, _BATCH = 0x00, 0x01, 0x02, 0x07, 0x08, 0x09, 0x0A, 0x0D
 _SKIP_METADATA, _DEFAULT_TIMESTAMP = 0x02, 0x20
 _ROWS, _PREPARED = 2, 4
 LOCAL_QUORUM = 0x0006
@@ -73,6 +73,11 @@ class Connection:
         kind, length = struct.unpack_from(">IH", answer)
         assert kind == _PREPARED
         return answer[6 : 6 + length]
+
+    def execute(self, statement: bytes) -> None:
+        """Run a prepared statement without values, and wait for its answer."""
+        identity = struct.pack(">H", len(statement)) + statement
+        self._ask(_EXECUTE, identity + struct.pack(">HB", LOCAL_QUORUM, _SKIP_METADATA))
 
     def stream_through(self, frames: Sequence[bytes], window: int) -> array[int]:
         """Send all frames, `window` of them under way at most; give the time of each answer in ns, in their order."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import places, runs
-from bench.report import BenchError, Report, percentiles, table
+from bench.cql import Connection
+from bench.report import BenchError, Report, histogram, percentiles, table
 from bench.world import Process, World
 
 SAYS = "how long `trade_exists` and a balance take while trades settle"
@@ -17,6 +19,9 @@ MORE = """\
 both kinds at once and steadily: whether trades exist (a fifth do not), and users' balances. Wrong answers are counted
 and fail the run. For --ask-first seconds each kind is asked before it counts, so that the node has compiled what
 answers. The settling's own latency in the same seconds stands beside it.
+
+Before anything settles, the node alone is asked for one row of its own at the same pace, by a client that does nothing
+else (bench/cql.py): what this machine takes for a question and an answer, whoever asks.
 
 examples:
   scripts/bench queries --store cassandra
@@ -59,6 +64,7 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
         asked.update(answers)
 
     with places.place(args.store, args.port, folder / "warm-up", report, args.warm_up) as place:
+        alone = _ask_alone(place, args, report) if isinstance(place, places.CassandraPlace) else None
         report.note(f"settling {args.rate:,.0f} events/s")
         done = runs.settle_live(
             place, folder / "run", engine, settings=args.set, judge=args.judge, watch_every_s=0.25, meanwhile=ask
@@ -67,10 +73,42 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
         raise BenchError("nothing was asked")
     settled = percentiles(done.joined.latencies(*asked_us))
     wrong = sum(one["wrong"] for one in asked.values())
-    report.figures |= {"store": place.name, **asked, "settled": settled, "wrong": wrong, "equal": done.equal}
+    report.figures |= {
+        "store": place.name,
+        **asked,
+        "settled": settled,
+        "alone": alone,
+        "wrong": wrong,
+        "equal": done.equal,
+    }
     head = ("", "asked", "p50 ms", "p90", "p99", "p99.9", "max", "wrong")
     keys = ("p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms")
     lines = [[name, one["asked"], *(one[key] for key in keys), one["wrong"]] for name, one in asked.items()]
     lines.append(["(an event settled)", "", *(settled[key] for key in keys), ""])
+    if alone is not None:
+        lines.append(["(the node alone)", alone["asked"], *(alone[key] for key in keys), ""])
     title = f"queries to {place.name} while {args.rate:,.0f} events/s settle"
     return [table(title, head, lines)], "", not wrong and done.equal is not False
+
+
+def _ask_alone(place: places.CassandraPlace, args: argparse.Namespace, report: Report) -> dict[str, Any]:
+    """Ask a node that does nothing else for one row, at the pace of both kinds together."""
+    report.note("asking the node alone")
+    with Connection(place.host, place.port) as connection:
+        statement = connection.prepare("SELECT key FROM system.local WHERE key = 'local'")
+        _pace(lambda: connection.execute(statement), 20 * args.per_s, args.ask_first)
+        found = _pace(lambda: connection.execute(statement), 2 * args.per_s, args.seconds / 2)
+    return {**percentiles(found), "asked": found.get_total_count()}
+
+
+def _pace(ask: Callable[[], None], per_s: float, seconds: float) -> Any:
+    clock, found = time.perf_counter_ns, histogram()
+    begun_ns, asked = clock(), 0
+    while (due_ns := begun_ns + int(asked / per_s * 1e9)) < begun_ns + seconds * 1e9:
+        if (wait_ns := due_ns - clock()) > 0:
+            time.sleep(wait_ns / 1e9)
+        put_ns = clock()
+        ask()
+        found.record_value(max((clock() - put_ns) // 1_000, 1))
+        asked += 1
+    return found
