@@ -398,7 +398,7 @@ class ReconcileSection:
     """The periodic proof of the ledger; `interval_s` is 0 when off."""
 
     interval_s: float = _key(_seconds(zero="off"), 3_600.0)
-    rate_rows_s: int = _key(_integer(0, I31_MAX, "rows a second, 0: no bound"), 5_000)
+    rate_rows_s: int = _key(_integer(0, I31_MAX, "rows a second, 0: no bound"), 2_500)
     path: Path | None = _key(_path(optional=True), None)
 
 

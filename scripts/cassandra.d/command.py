@@ -97,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--port", type=int, metavar="P", help="CQL port, the same on all nodes (default: a free one)")
     start.add_argument("--heap", metavar="SIZE", help=f"512M, 2G ... (default: {TEST_HEAP}, with --bench {BENCH_HEAP})")
     start.add_argument(
-        "--bench", action="store_true", default=None, help="a node to measure: G1, all compiler tiers, fixed heap"
+        "--bench",
+        action="store_true",
+        default=None,
+        help="a node to measure: G1, all compiler tiers, fixed heap, threads for the cores",
     )
     start.add_argument(
         "--secure",

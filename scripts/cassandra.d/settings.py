@@ -5,6 +5,7 @@ would be.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -144,6 +145,12 @@ def yaml_text(settings: Settings, number: int, home: Path) -> str:
         # A batch is refused from 50 KiB on as everywhere; the default warns from 5 KiB on, for each of ours.
         "batch_size_warn_threshold": "49KiB",
     }
+    if settings.bench:
+        # Measured (ARCHITECTURE.md, Chosen from sweeps): threads beyond two a core only take turns, and rows outside of
+        # the collected heap need not be copied at each collection.
+        threads = 2 * (os.cpu_count() or 2)
+        ours |= dict.fromkeys(("concurrent_reads", "concurrent_writes", "native_transport_max_threads"), threads)
+        ours["memtable_allocation_type"] = "offheap_objects"
     if settings.secure:
         ours |= _secure(certificates.Files(home if settings.nodes == 1 else home.parent))
     if settings.yaml.get("commitlog_sync", "periodic") != "periodic":

@@ -111,7 +111,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "fees": {"revenue_user_id": 0},
     "admin": {"listen": "127.0.0.1:9464", "token_file": None},
-    "reconcile": {"interval_s": 3600.0, "rate_rows_s": 5_000, "path": None},
+    "reconcile": {"interval_s": 3600.0, "rate_rows_s": 2_500, "path": None},
 }
 
 
