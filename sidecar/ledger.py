@@ -82,6 +82,10 @@ class Accounts(MutableMapping[AccountKey, AccountValues]):
     def __len__(self) -> int:
         return sum(map(len, self.by_asset.values()))
 
+    def clear(self) -> None:
+        """Forget all accounts."""
+        self.by_asset.clear()
+
 
 class Ledger:
     """The state of one stream in one life of its settler."""

@@ -222,6 +222,8 @@ class Settler:
                     raise StartOver("stopped with batches under way")  # ends them with the life
         finally:
             reader.close()
+            if self.life is not None:  # what ended it holds it, in a circle, until the collector comes
+                self.life.ledger.accounts.clear()
 
     async def _settle_until_stopped(self, life: Life, reader: TapeReader) -> None:
         try:

@@ -378,3 +378,36 @@ def test_what_is_recorded_while_another_tapes_part_is_compared_is_compared_befor
 
     asyncio.run(story())
     assert [row[3] for row in tables(tmp_path / "rows.db")["settled_trades_btc_usdt"]] == list(range(1, 11))
+
+
+def test_a_life_that_ended_holds_no_accounts(tmp_path: Path) -> None:
+    async def story() -> None:
+        store = Unsettled(tmp_path / "rows.db", WIDTHS)
+        tape = Tape(tmp_path / "tape.db", size_bytes_max=1 << 40)
+        tape.append(event(trade_fields(1)))
+        await tape.commit(tape.take_turn())
+        settler = a_settler(store, tape)
+        running = asyncio.ensure_future(settler.run())
+        await settled_to(settler, 1)
+        assert settler.life is not None
+        ended = settler.life.ledger
+        assert len(ended.accounts) == 4
+        store.were_away += 1  # a node was away and is back: memory is not trusted
+        await until(lambda: settler.lives == 2 and settler.life is not None and settler.life.ledger is not ended)
+        assert not ended.accounts
+        settler.stop()
+        await running
+        await store.close()
+        tape.close()
+
+    asyncio.run(story())
+
+
+class Unsettled(SQLiteStore):
+    """Says how often a node was away."""
+
+    were_away = 0
+
+    @property
+    def outages(self) -> int:
+        return self.were_away
