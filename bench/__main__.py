@@ -105,17 +105,19 @@ def main(argv: list[str] | None = None) -> int:
     parameters: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in hidden}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that was started is left behind
     report = Report(args.verb, parameters, results=args.results, as_json=args.json)
+    keep = args.keep is not None
     try:
         folder.mkdir(parents=True)
         tables, verdict, ok = args.room.run(args, report, folder.resolve())
         report.end(tables, verdict)
     except BenchError as error:
-        print(f"scripts/bench {args.verb}: {error}", file=sys.stderr)
+        keep = True  # the message may name a log
+        print(f"scripts/bench {args.verb}: {error}\ntapes and logs are kept in {folder}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        if args.keep is None:
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     return 0 if ok else 1
 

@@ -35,6 +35,7 @@ examples:
 TO = {"trades": 1_000_000, "accounts": 1_000_000, "symbols": 200}
 FROM = {"trades": 10_000, "accounts": 100, "symbols": 2}
 CHUNK_EVENTS = 250_000
+DEPOSITS_PER_S = 15_000.0  # a million at once would overflow the queues: nobody replays them here
 JUDGED_TRADES_MAX = 2_000_000  # more takes the judge many gigabytes
 ASSETS_A_USER = 3
 TOGETHER_US = 5_000  # acknowledgements of one transaction lie closer together
@@ -87,7 +88,7 @@ class Grower:
         piece = self._pieces.with_suffix(f".{self.sequence}")
         result = self.world.engine(
             *what, "--users", str(self._users), "--seed", str(self._seed), "--first-sequence", str(self.sequence + 1),
-            "--first-trade-id", str(self.trades + 1), journal=piece,
+            "--first-trade-id", str(self.trades + 1), journal=piece, rate=DEPOSITS_PER_S if deposits else None,
         ).result(900)  # fmt: skip
         with self.world.journal.open("ab") as whole, piece.open("rb") as part:
             shutil.copyfileobj(part, whole)
