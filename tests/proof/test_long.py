@@ -67,7 +67,7 @@ def test_every_corruption_over_100_000_trades(tmp_path: Path, cassandra_node: No
 @pytest.mark.parametrize("under_test", STORES, indirect=True)
 @pytest.mark.timeout(600)
 def test_ten_full_proofs_in_a_row_at_1_000_a_second(tmp_path: Path, under_test: StoreUnderTest) -> None:
-    events_max, quiet = 250_000, 5_000  # the engine is stopped when the proofs are through
+    events_max, quiet = 250_000, 3_000  # the engine is stopped when the proofs are through
     ack_log = tmp_path / "acks.txt"
     settings = ["pipeline.durable_after_s=2", "reconcile.interval_s=0", f"pipeline.ack_log={ack_log}"]
     with World(
