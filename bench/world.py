@@ -97,7 +97,7 @@ class World:
         command = [*under, sys.executable, "-m", *module, verb, *self.config(tape)]
         for setting in more:
             command += ["--set", setting]
-        return self._start(command, self.folder / (log or f"{verb}.log"))
+        return self._start(command, self.folder / (log or f"{verb}.log"), b'"starting"')
 
     def engine(self, *arguments: str, rate: float | None = None, journal: Path | None = None) -> Process:
         command = [
@@ -109,8 +109,8 @@ class World:
             command += ["--rate", str(rate)]
         return self._start(command, self.folder / "engine.log")
 
-    def _start(self, command: list[str], log: Path) -> Process:
-        process = Process(command, log)
+    def _start(self, command: list[str], log: Path, hears_after: bytes = b"") -> Process:
+        process = Process(command, log, hears_after)
         self._stack.callback(process.end)
         return process
 
@@ -165,9 +165,12 @@ class World:
 class Process:
     """One process that this test started, and may signal."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, hears_after: bytes = b"") -> None:
+        """`hears_after` is what it logs once it heeds SIGTERM: earlier that would kill it as it kills anything."""
         self.log = log
+        self._hears_after = hears_after
         with log.open("ab") as errors:
+            self._log_begin = errors.tell()
             self._popen = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT, cwd=log.parent
             )
@@ -185,9 +188,16 @@ class Process:
         self._popen.wait()
 
     def term(self, timeout_s: float = 40.0) -> int:
-        """SIGTERM; give the exit status."""
+        """SIGTERM, once it heeds it; give the exit status."""
+        if self._hears_after:
+            until(lambda: self._hears() or not self.running(), f"{self.log}: it is up")
         self._popen.send_signal(signal.SIGTERM)
         return self._popen.wait(timeout_s)
+
+    def _hears(self) -> bool:
+        with self.log.open("rb") as log:
+            log.seek(self._log_begin)
+            return self._hears_after in log.read()
 
     def wait(self, timeout_s: float = 120.0) -> int:
         return self._popen.wait(timeout_s)

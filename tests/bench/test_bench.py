@@ -94,7 +94,7 @@ def test_queries_are_all_answered_right(run: Callable[..., Ran]) -> None:
 
 def test_growth_measures_each_size_of_one_store(run: Callable[..., Ran]) -> None:
     # Enough trades for the kernel's clock ticks of CPU time, 10 ms, to count them.
-    ran = run("growth", "--from", "2000", "--to", "5000", "--probe", "2000", *SMALL)
+    ran = run("growth", "--from", "2000", "--to", "5000", "--probe", "20000", *SMALL)
     assert ran.status == 0, ran.errors
     assert [one["size"] for one in ran.figures["points"]] == [2000, 5000]
     assert ran.figures["equal"] is True
