@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import places, runs
+from bench.asker import ask_steadily
 from bench.cql import Connection
-from bench.report import BenchError, Report, histogram, percentiles, table
+from bench.report import BenchError, Report, percentiles, table
 from bench.world import Process, World
 
 SAYS = "how long `trade_exists` and a balance take while trades settle"
@@ -96,19 +97,10 @@ def _ask_alone(place: places.CassandraPlace, args: argparse.Namespace, report: R
     report.note("asking the node alone")
     with Connection(place.host, place.port) as connection:
         statement = connection.prepare("SELECT key FROM system.local WHERE key = 'local'")
-        _pace(lambda: connection.execute(statement), 20 * args.per_s, args.ask_first)
-        found = _pace(lambda: connection.execute(statement), 2 * args.per_s, args.seconds / 2)
-    return {**percentiles(found), "asked": found.get_total_count()}
 
+        async def ask() -> bool:
+            connection.execute(statement)  # blocks: nothing else is on this loop
+            return True
 
-def _pace(ask: Callable[[], None], per_s: float, seconds: float) -> Any:
-    clock, found = time.perf_counter_ns, histogram()
-    begun_ns, asked = clock(), 0
-    while (due_ns := begun_ns + int(asked / per_s * 1e9)) < begun_ns + seconds * 1e9:
-        if (wait_ns := due_ns - clock()) > 0:
-            time.sleep(wait_ns / 1e9)
-        put_ns = clock()
-        ask()
-        found.record_value(max((clock() - put_ns) // 1_000, 1))
-        asked += 1
-    return found
+        asyncio.run(ask_steadily(ask, 20 * args.per_s, args.ask_first))
+        return asyncio.run(ask_steadily(ask, 2 * args.per_s, args.seconds / 2))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.watch import look
 from bench.world import World, until
 from tests.cassandra_node import Node
 from tests.fault.kit import RATE, Fault, closes_load, taped, under_load
@@ -101,8 +102,9 @@ def test_f24_database_away_for_ten_minutes(tmp_path: Path, fault: Fault, own_nod
 
 
 def _resident_kib(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+    sample = look(pid)
+    assert sample is not None
+    return sample.rss_bytes // 1024
 
 
 def test_f25_database_paused(world: World, fault: Fault, own_node: Node) -> None:

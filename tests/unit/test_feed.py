@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 import zmq
 
+from bench.watch import look
 from sidecar.feed import Feed
 from tests.waiting import until
 
@@ -64,8 +65,9 @@ def payloads(turns: Turns) -> list[bytes]:
 
 
 def resident_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+    sample = look(os.getpid())
+    assert sample is not None
+    return sample.rss_bytes // 1024
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
