@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from bench.world import ENVIRONMENT, World, free_port, until
 
 PASSWORD = "correct-horse-battery-staple"
@@ -98,7 +96,6 @@ def test_no_output_of_any_verb_holds_a_secret(tmp_path: Path) -> None:
         return done.returncode
 
     with World(tmp_path, store=settings) as world:
-        pytest.importorskip("cassandra")
         assert said(world, "print-config") == 0
         assert said(world, "print-config", "--json") == 0
         assert said(world, "check-config") == 0

@@ -40,8 +40,13 @@ def _lives(points: tuple[str, ...], times: int, chance: random.Random) -> list[t
     return lives
 
 
-@pytest.mark.timeout(1_800)
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param(2, marks=pytest.mark.timeout(600)),
+        pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(1_800)]),
+    ],
+)
 def test_f18_recorder_killed_at_each_point(tmp_path: Path, seed: int, fault: Fault, times: int) -> None:
     """Before and after it receives, appends, syncs: what a settler was handed is on disk, the rest comes again."""
     chance = random.Random(seed)
@@ -65,13 +70,12 @@ def test_f18_recorder_killed_at_each_point(tmp_path: Path, seed: int, fault: Fau
         assert [settle.term(), record.term()] == [0, 0]
 
 
-@pytest.mark.timeout(1_800)
 @pytest.mark.parametrize(
     "under_test, times",
     [
-        ("sqlite", 2),
-        pytest.param("sqlite", 20, marks=pytest.mark.long),
-        pytest.param("cassandra", 10, marks=[pytest.mark.long, pytest.mark.cassandra]),
+        pytest.param("sqlite", 2, marks=pytest.mark.timeout(600)),
+        pytest.param("sqlite", 20, marks=[pytest.mark.long, pytest.mark.timeout(1_800)]),
+        pytest.param("cassandra", 10, marks=[pytest.mark.long, pytest.mark.timeout(1_800), pytest.mark.cassandra]),
     ],
     indirect=["under_test"],
 )

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import cassandra
 import pytest
+from cassandra import cluster, connection, pool, protocol
 
-cassandra = pytest.importorskip("cassandra")
-
-from cassandra import cluster, connection, pool, protocol  # noqa: E402
-
-from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, StoreRefusedError  # noqa: E402
-from sidecar.store.cassandra import classified  # noqa: E402
-from sidecar.store.connection import NodeNotTrustedError  # noqa: E402
+from sidecar.errors import BatchTooLargeError, OutcomeUnknownError, StoreError, StoreRefusedError
+from sidecar.store.cassandra import classified
+from sidecar.store.connection import NodeNotTrustedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

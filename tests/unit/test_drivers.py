@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("cassandra")
-
 from sidecar.store.cassandra import _EncodedBatch, _Wire
 
 VOID = b"\x00\x00\x00\x01"

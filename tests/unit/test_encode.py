@@ -14,8 +14,6 @@ from sidecar.events import Account
 from sidecar.store.encode import LOGGED, UNLOGGED, BatchEncoder
 from sidecar.store.tables import LEDGER_EVENTS, REJECTED_EVENTS, USER_BALANCES, Table, trades_table
 
-pytest.importorskip("cassandra")
-
 IDS = {"user_balances": b"balances" * 2, "ledger_events": b"ledger__" * 2, "rejected_events": b"rejected" * 2}
 SYMBOLS = {"btc_usdt": b"btc_usdt" * 2, "eth_usdt": b"eth_usdt" * 3}
 OPTIONAL = {"buyer_fee", "seller_fee", "ts_us", "origin_sequence"}

@@ -9,15 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("cassandra")
-
 from cassandra import OperationTimedOut
 from cassandra.policies import HostDistance
 
 from sidecar.errors import OutcomeUnknownError
 from sidecar.store.connection import ask, give_up
 from sidecar.store.nodes import Answering, Nodes
+from tests.waiting import until
 
 
 class Host:
@@ -291,8 +289,7 @@ def test_where_the_driver_gave_up_it_is_told_to_try_again(monkeypatch: pytest.Mo
         await watched.look()
         cluster.hosts["b"].is_up = False
         await watched.look()
-        await asyncio.sleep(0.01)
-        assert cluster.revived == ["pools", "b"]
+        await until(lambda: cluster.revived == ["pools", "b"])
         cluster.hosts["b"].is_reconnecting = True
         await watched.look()
         await asyncio.sleep(0.01)

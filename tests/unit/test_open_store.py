@@ -33,7 +33,6 @@ def config(folder: Path, backend: str, more: str = "") -> Config:
 
 def test_the_backend_decides(tmp_path: Path) -> None:
     assert open_store(config(tmp_path, "sqlite")).name == "sqlite"
-    pytest.importorskip("cassandra")
     store = open_store(config(tmp_path, "cassandra", 'batch = "unlogged"'))
     assert store.name == "cassandra"
     assert store.page_of("btc_usdt", 154) == 2
@@ -50,7 +49,6 @@ def test_a_missing_driver_is_told_with_the_command_that_installs_it(
 
 
 def test_secrets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    pytest.importorskip("cassandra")
     more = f'username = "app"\npassword_file = "{tmp_path}/none"'
     with pytest.raises(ConfigError, match=r"store\.cassandra\.password_file"):
         open_store(config(tmp_path, "cassandra", more))
