@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import engine, rows
+from bench import engine, machine, rows
 from bench.cql import Connection, batch_frame, bound
 
 _UNSET = struct.pack(">i", -2)  # leaves the column alone; a null would be a tombstone
@@ -107,11 +107,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             connection.stream_through(frames, args.window)
         if args.warm_up:
             return {"warm_up_s": args.warm_up}
+        machine_s, idle_s = machine.cpu_s()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         begun_ns = time.perf_counter_ns()
         answered_ns = connection.stream_through(frames, args.window)
         seconds = (answered_ns[-1] - begun_ns) / 1e9
         used = resource.getrusage(resource.RUSAGE_SELF)
+        machine_s, idle_s = machine.cpu_s()[0] - machine_s, machine.cpu_s()[1] - idle_s
     cpu_s = used.ru_utime + used.ru_stime - usage.ru_utime - usage.ru_stime
     return {
         "trades": trades,
@@ -119,6 +121,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "trades_per_s": round(trades / seconds, 1),
         "cpu_us": round(cpu_s * 1e6 / trades, 2),
+        "others_cpu_us": round((machine_s - cpu_s) * 1e6 / trades, 2),
+        "idle_us": round(idle_s * 1e6 / trades, 2),
         "rows_a_trade": round(rows_a_trade, 3),
         "batches": len(frames),
         "batch_bytes": sum(map(len, frames)) // len(frames),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TICKS_A_S = os.sysconf("SC_CLK_TCK")
 LIBRARIES = ("msgpack", "pyzmq", "uvloop", "cassandra-driver", "hdrhistogram")
 
 
@@ -36,6 +37,12 @@ def stolen_percent(since: list[int]) -> float:
     """Give the share of the processors that the host gave to others since then."""
     passed = [now - before for now, before in zip(ticks(), since, strict=True)]
     return round(100 * passed[7] / max(sum(passed), 1), 2)
+
+
+def cpu_s() -> tuple[float, float]:
+    """Give what all processes of this machine have used of its processors so far, and what was left idle, in s."""
+    user, nice, system, idle, waiting, irq, soft, _ = ticks()
+    return (user + nice + system + irq + soft) / TICKS_A_S, (idle + waiting) / TICKS_A_S
 
 
 def versions() -> dict[str, str | None]:

@@ -80,7 +80,11 @@ class Settled:
     @property
     def cpu_us(self) -> float:
         """CPU time of the sidecar's process a trade, in us, from the beginning to the last acknowledgement."""
-        return self.watch.cpu_s(self.begin_us, self.joined.last_ack_us) * 1e6 / self.joined.sent.trades
+        return self.watch.cpu_s(*self._span) * 1e6 / self.joined.sent.trades
+
+    @property
+    def _span(self) -> tuple[int, int]:
+        return self.begin_us, self.joined.last_ack_us
 
     @property
     def equal(self) -> bool | None:
@@ -93,6 +97,8 @@ class Settled:
         return {
             "trades_per_s": round(self.trades_per_s, 1),
             "cpu_us": round(self.cpu_us, 2),
+            "others_cpu_us": round(self.watch.others_cpu_s(*self._span) * 1e6 / joined.sent.trades, 2),
+            "idle_us": round(self.watch.idle_s(*self._span) * 1e6 / joined.sent.trades, 2),
             "seconds": round((joined.last_ack_us - self.begin_us) / 1e6, 3),
             "seconds_before": round((self.begin_us - self.process_started_us) / 1e6, 3),
             "events_a_batch": round(len(joined.acked_us) / len(joined.batches), 2),

@@ -12,6 +12,8 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from bench import machine
+
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -24,6 +26,8 @@ class Sample(NamedTuple):
     rss_bytes: int
     threads: int
     files: int
+    machine_s: float  # CPU of all processes together
+    idle_s: float  # of all processors
 
 
 class Watch:
@@ -52,16 +56,30 @@ class Watch:
 
     def cpu_s(self, begin_us: int, end_us: int) -> float:
         """Give the CPU time between two moments of the wall clock, interpolated."""
-        return self._cpu_at(end_us) - self._cpu_at(begin_us)
+        return self._passed("cpu_s", begin_us, end_us)
 
-    def _cpu_at(self, at_us: int) -> float:
+    def others_cpu_s(self, begin_us: int, end_us: int) -> float:
+        """Give the CPU time of all other processes of this machine between two moments: mostly the database's."""
+        return self._passed("machine_s", begin_us, end_us) - self.cpu_s(begin_us, end_us)
+
+    def idle_s(self, begin_us: int, end_us: int) -> float:
+        """Give the time that the machine's processors idled between two moments."""
+        return self._passed("idle_s", begin_us, end_us)
+
+    def _passed(self, what: str, begin_us: int, end_us: int) -> float:
+        return self._at(what, end_us) - self._at(what, begin_us)
+
+    def _at(self, what: str, at_us: int) -> float:
         samples = self.samples
         place = bisect_right(samples, at_us, key=lambda sample: sample.at_us)
         if place == 0 or place == len(samples):
-            return samples[min(place, len(samples) - 1)].cpu_s
+            last: float = getattr(samples[min(place, len(samples) - 1)], what)
+            return last
         before, after = samples[place - 1], samples[place]
         share = (at_us - before.at_us) / (after.at_us - before.at_us)
-        return before.cpu_s + share * (after.cpu_s - before.cpu_s)
+        was: float = getattr(before, what)
+        now: float = getattr(after, what)
+        return was + share * (now - was)
 
     def rss_bytes(self, at_us: int) -> int:
         """Give the resident memory at a moment."""
@@ -86,4 +104,6 @@ def look(pid: int) -> Sample | None:
     if fields[0] in "ZX":
         return None
     user, system, threads, pages = int(fields[11]), int(fields[12]), int(fields[17]), int(fields[21])
-    return Sample(time.time_ns() // 1_000, (user + system) * TICK_S, pages * PAGE_BYTES, threads, files)
+    return Sample(
+        time.time_ns() // 1_000, (user + system) * TICK_S, pages * PAGE_BYTES, threads, files, *machine.cpu_s()
+    )

@@ -335,8 +335,14 @@ def test_a_stall_is_the_longest_time_without_an_acknowledgement_and_may_outlast_
 
 def test_cpu_between_two_moments_is_interpolated() -> None:
     watch = Watch(0)
-    watch.samples = [Sample(1_000, 1.0, 5, 1, 1), Sample(2_000, 2.0, 9, 1, 1), Sample(3_000, 2.0, 7, 1, 1)]
+    watch.samples = [
+        Sample(1_000, 1.0, 5, 1, 1, 10.0, 4.0),
+        Sample(2_000, 2.0, 9, 1, 1, 14.0, 5.0),
+        Sample(3_000, 2.0, 7, 1, 1, 16.0, 7.0),
+    ]
     assert watch.cpu_s(1_500, 2_500) == pytest.approx(0.5)
+    assert watch.others_cpu_s(1_500, 2_500) == pytest.approx(2.5)
+    assert watch.idle_s(1_500, 2_500) == pytest.approx(1.5)
     assert watch.cpu_s(0, 9_000) == pytest.approx(1.0)
     assert (watch.rss_bytes(2_500), watch.rss_bytes_max) == (9, 9)
 
