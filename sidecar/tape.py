@@ -590,15 +590,16 @@ class TapeReader:
 
         Raises TapeDamagedError at a frame that does not match its checksum.
         """
-        rows = self._db.execute(
-            "SELECT output_sequence, recorded_at_us, checksum, payload FROM frames"
-            " WHERE session = ? AND output_sequence BETWEEN ? AND ? ORDER BY output_sequence LIMIT ?",
-            (session, first, last, frames_max),
-        ).fetchall()
-        for sequence, _, stored, payload in rows:
+        query = (
+            "SELECT output_sequence, recorded_at_us, payload, checksum FROM frames"
+            " WHERE session = ? AND output_sequence BETWEEN ? AND ? ORDER BY output_sequence LIMIT ?"
+        )
+        found = []
+        for sequence, at_us, payload, stored in self._db.execute(query, (session, first, last, frames_max)).fetchall():
             if checksum(session, sequence, payload) != stored:
                 raise TapeDamagedError(session, sequence)
-        return [(sequence, at_us, payload) for sequence, at_us, _, payload in rows]
+            found.append((sequence, at_us, payload))
+        return found
 
     def read(self, session: int, after: int, events_max: int) -> list[Event]:
         """Give the contiguous events right after a position: from memory when they are new, else from disk.

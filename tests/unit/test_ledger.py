@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.errors import Halt
+from sidecar.errors import AccountMissingError, Halt
 from sidecar.events import EMPTY_ACCOUNT, Account, AccountValues, Event, Refused, State, Trade
 from sidecar.ledger import Accounts, Folded, Ledger, before, trade_postings
 from tests.streams import (
@@ -233,6 +234,49 @@ def test_a_stream_folds_to_what_an_independent_fold_says_and_trades_sum_to_zero(
     assert not codes
     touched = {key: list(account[:3]) for key, account in ledger.accounts.items() if account[1]}
     assert touched == dict(accounts)
+
+
+USUAL: dict[str, Any] = {"buyer_user_id": 1, "seller_user_id": 2, "trade_id": 6, "settled_at": 9}
+FOUR = [(user, asset) for user in (1, 2) for asset in (BTC, USDT)]
+FIELDS: dict[str, list[Any]] = {
+    "buyer_user_id": [2, REVENUE], "seller_user_id": [1, REVENUE], "base_asset": [ETH, 77],
+    "price": [0, 1, I63], "quantity": [0, 1, I63], "quote_amount": [0, 3_000, I63],
+    "buyer_fee": [0, 1, I63], "seller_fee": [0, 1, I63], "trade_id": [4, 5],
+    "ts_us": [0, 5, NOW + DAY, NOW + DAY + 1], "settled_at": [0, I63], "rejects": [frozenset({7})], "rise": [False],
+}  # fmt: skip
+DEPARTURES: list[tuple[Any, Any]] = [
+    *((name, value) for name, values in FIELDS.items() for value in values),
+    *((key, Account(available, 4, last, 0)) for key in FOUR for available, last in [
+        *((amount, 6) for amount in (0, 999, 1_000, 2_999, 3_000, -1, -1_000, -1_001, -3_000, -3_001, -I63 - 1)),
+        *((I63 - amount, 6) for amount in (0, 999, 1_000, 2_999, 3_000)), (10**6, 0), (10**6, 7), (10**6, 8),
+    ]),
+    *((key, None) for key in FOUR),
+]  # fmt: skip
+
+
+def test_the_common_trade_in_one_pass_comes_to_what_all_steps_come_to() -> None:
+    taken = 0
+    for departures in itertools.combinations_with_replacement(DEPARTURES, 2):
+        made: dict[Any, Any] = {"rejects": frozenset(), "rise": True} | USUAL
+        made |= {key: Account(10**6, 4, 6, 0) for key in [*FOUR, (1, ETH), (2, ETH)]} | dict(departures)
+        one = trade(7, **{key: value for key, value in made.items() if key in Trade._fields})
+        came_to = []
+        for step_by_step in (False, True):
+            state = State(6, BASE_US + 5, {"btc_usdt": 5})
+            ledger = a_ledger(state=state, rejects=made["rejects"], trade_ids_rise=made["rise"])
+            ledger.accounts.update({key: made[key] for key in made if type(key) is tuple and made[key] is not None})
+            if step_by_step:
+                ledger._fold_common = lambda *_: None  # type: ignore[method-assign]
+            else:
+                taken += copy.deepcopy(ledger)._fold_common(one, NOW) is not None
+            try:
+                outcome: object = ledger.fold(one, NOW)
+            except (Halt, AccountMissingError) as error:
+                outcome = repr(error)
+            left = {name: value for name, value in vars(ledger).items() if name not in {"symbols", "_fold_common"}}
+            came_to.append((outcome, left))
+        assert came_to[0] == came_to[1], departures
+    assert taken > 500
 
 
 # --- verdicts, and which comes first ---

@@ -177,6 +177,8 @@ def test_an_event_is_either_a_trade_or_a_ledger_event() -> None:
     assert "neither" in refused({"output_sequence": 1}, "UNKNOWN_EVENT").reason
     assert "both" in refused(trade_fields(event_type="DEPOSIT"), "UNKNOWN_EVENT").reason
     assert "both" in refused(trade_fields(event_type=None), "UNKNOWN_EVENT").reason
+    for dashes in range(2_600, 3_600, 100):  # however near it is to what the decoder would take for a trade's
+        assert "both" in refused(trade_fields(event_type="-" * dashes), "UNKNOWN_EVENT").reason
 
 
 def test_what_is_refused_keeps_a_usable_session_and_its_place() -> None:
