@@ -40,6 +40,16 @@ _BALANCE_BYTES: Final = 5 * 8 + 4
 Row = tuple[Any, ...]
 
 
+class Span(NamedTuple):
+    """What is remembered of a batch under way: which events it holds and where they lead to, not its rows."""
+
+    first_sequence: int
+    last_sequence: int
+    stamp_us: int
+    last_trade_ids: dict[str, int]
+    events: int
+
+
 class Batch(NamedTuple):
     """What is written together: `stamp_us` is T(last_sequence), the write time of every row.
 
@@ -63,6 +73,11 @@ class Batch(NamedTuple):
     def is_empty(self) -> bool:
         """Say whether there is nothing to write: accepted gaps only."""
         return not (self.trades or self.ledger_events or self.rejected or self.balances)
+
+    @property
+    def span(self) -> Span:
+        """Give what is left of it once its rows are on their way."""
+        return Span(self.first_sequence, self.last_sequence, self.stamp_us, self.last_trade_ids, self.events)
 
     def balance_rows(self) -> list[Row]:
         """Give the rows of `user_balances`, in the order of BALANCE_COLUMNS."""
@@ -92,7 +107,8 @@ def take(
     rows_bytes = events = 0
     stamp_us = last_sequence = 0
     while waiting and events < trades_max:
-        last, stamp, event, symbol, quote_amount, moved = waiting[0]
+        head = waiting[0]
+        event, symbol, moved = head.event, head.symbol, head.balances
         row_bytes, alone = _TRADE_BYTES, False
         if symbol is None:
             row_bytes, alone = _row_bytes(event), type(event) is Refused and event.code == "TOO_LARGE"
@@ -107,7 +123,7 @@ def take(
         waiting.popleft()
         events += 1
         rows_bytes += row_bytes
-        last_sequence, stamp_us = last, stamp
+        last_sequence, stamp_us = head.last_sequence, head.stamp_us
         balances |= moved
         if symbol is not None:
             # By name: slices of it would cost twice as much.
@@ -118,9 +134,9 @@ def take(
             ) = event  # type: ignore[misc]  # a trade, since it has a symbol  # fmt: skip
             row = (
                 trade_id // symbol.page_width, trade_id, stream, sequence, match_seq, buy_order, sell_order, buyer,
-                seller, base, quote, price, quantity, quote_amount, buyer_fee, seller_fee, buyer_refund, seller_refund,
-                buyer_quote_version, buyer_base_version, seller_base_version, seller_quote_version, settled_at, ts_us,
-                origin,
+                seller, base, quote, price, quantity, head.quote_amount, buyer_fee, seller_fee, buyer_refund,
+                seller_refund, buyer_quote_version, buyer_base_version, seller_base_version, seller_quote_version,
+                settled_at, ts_us, origin,
             )  # fmt: skip
             name = symbol.name
             if name in trades:

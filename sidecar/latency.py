@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
-from sidecar.batch import Batch
+from sidecar.batch import Span
 from sidecar.errors import TapeError
 from sidecar.events import Refused
 from sidecar.tape import TapeReader, decode_recorded
@@ -77,18 +77,18 @@ class Acknowledged:
         self._reader, self._session = reader, session
         self._acked_to = max(self._acked_to, acked_to)
 
-    def note(self, batch: Batch) -> None:
+    def note(self, span: Span) -> None:
         """Count an acknowledged batch; measure its newest event when it is time for a sample."""
         self.batches_total += 1
-        self.events_total += batch.events
-        if batch.last_sequence <= self._acked_to:
+        self.events_total += span.events
+        if span.last_sequence <= self._acked_to:
             return
-        self._acked_to = batch.last_sequence
-        self._events_since += batch.events
+        self._acked_to = span.last_sequence
+        self._events_since += span.events
         now_us = self._now_us()
         if now_us >= self._next_at_us and self._events_since:
             self._next_at_us = now_us + SAMPLE_EVERY_US
-            self._sample(batch.last_sequence, now_us)
+            self._sample(span.last_sequence, now_us)
 
     def _sample(self, sequence: int, now_us: int) -> None:
         assert self._reader is not None

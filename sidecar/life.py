@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, TypeVar
 
-from sidecar.batch import Batch
+from sidecar.batch import Span
 from sidecar.decisions import Agreed
 from sidecar.errors import AccountMissingError, Halt, OutcomeUnknownError, StartOver
 from sidecar.events import EMPTY_ACCOUNT, AccountKey, Event, State
@@ -62,8 +62,8 @@ class Life:
         spawn: Callable[[Awaitable[None]], object],
         now_us: Callable[[], int],
         trade_ids_rise: bool = True,
-        on_submit: Callable[[Batch], None] = lambda _: None,
-        on_ack: Callable[[Batch], None] = lambda _: None,
+        on_submit: Callable[[Span], None] = lambda _: None,
+        on_ack: Callable[[Span], None] = lambda _: None,
     ) -> None:
         self.agreed = agreed
         self.durable = start
@@ -82,7 +82,7 @@ class Life:
             stream=stream,
             state=start,
             decisions_read=agreed.decisions_read,
-            settle_batch=store.settle_batch_atomically,
+            attempt=store.attempt,
             spawn=spawn,
             batch_trades_max=batch_trades_max,
             batch_bytes_max=bounds.batch_bytes_max,

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from sidecar.batch import Batch, take
+from sidecar.batch import Batch, Span, take
 from sidecar.errors import OutcomeUnknownError
 from sidecar.events import State
 from sidecar.ledger import Folded
@@ -35,24 +35,26 @@ class Pipeline:
         stream: str,
         state: State,
         decisions_read: int,
-        settle_batch: Callable[[Batch], Awaitable[None]],
+        attempt: Callable[[Batch], Callable[[], Awaitable[None]]],
         spawn: Callable[[Awaitable[None]], object],
         batch_trades_max: int,
         batch_bytes_max: int,
         inflight_batches_max: int,
         retry_backoff_max_s: float,
-        on_submit: Callable[[Batch], None] = lambda _: None,
-        on_ack: Callable[[Batch], None] = lambda _: None,
+        on_submit: Callable[[Span], None] = lambda _: None,
+        on_ack: Callable[[Span], None] = lambda _: None,
         jitter: random.Random | None = None,
     ) -> None:
-        """Begin after `state`. `spawn` runs a coroutine in the life's task group: its errors end that life."""
+        """Begin after `state`. `spawn` runs a coroutine in the life's task group: its errors end that life.
+
+        `attempt` is the store's: it gives for a batch what settles it, as often as that is called.
+        """
         self.acked = state
         self.submitted = state.sequence
         self.retries_total = 0
-        self.batches_total = 0
         self._stream = stream
         self._decisions_read = decisions_read
-        self._settle_batch = settle_batch
+        self._attempt = attempt
         self._spawn = spawn
         self._trades_max = batch_trades_max
         self._bytes_max = batch_bytes_max
@@ -64,7 +66,7 @@ class Pipeline:
         self._on_ack = on_ack
         self._jitter = jitter or random.Random()  # noqa: S311 - spreads retries, guards nothing
         self._waiting: deque[Folded] = deque()
-        self._unacked: deque[Batch] = deque()  # in order, those acknowledged out of order too
+        self._unacked: deque[Span] = deque()  # in order, those acknowledged out of order too
         self._answered: set[int] = set()
         self._inflight = 0
         self._changed = asyncio.Event()
@@ -102,37 +104,37 @@ class Pipeline:
                 bytes_max=self._bytes_max,
                 decisions_read=self._decisions_read,
             )
-            self.submitted = batch.last_sequence
-            self._unacked.append(batch)
+            span = batch.span
+            self.submitted = span.last_sequence
+            self._unacked.append(span)
             if batch.is_empty:
-                self._ack(batch)
+                self._ack(span)
                 continue
             self._inflight += 1
-            self._on_submit(batch)
-            self._spawn(self._send(batch))
+            self._on_submit(span)
+            self._spawn(self._send(span, self._attempt(batch)))
 
-    async def _send(self, batch: Batch) -> None:
+    async def _send(self, span: Span, attempt: Callable[[], Awaitable[None]]) -> None:
         backoff_s = BACKOFF_FIRST_S
         while True:
             try:
-                await self._settle_batch(batch)
+                await attempt()
                 break
             except OutcomeUnknownError as unknown:
                 self.retries_total += 1
                 log.warning(
                     "batch_outcome_unknown",
-                    extra={"first": batch.first_sequence, "last": batch.last_sequence, "error": str(unknown)},
+                    extra={"first": span.first_sequence, "last": span.last_sequence, "error": str(unknown)},
                 )
             await asyncio.sleep(backoff_s * self._jitter.uniform(0.5, 1.0))
             backoff_s = min(backoff_s * 2, self._backoff_max_s)
         self._inflight -= 1
-        self._ack(batch)
+        self._ack(span)
         self._fill()
 
-    def _ack(self, batch: Batch) -> None:
-        self.batches_total += 1
-        self._answered.add(batch.first_sequence)
-        self._on_ack(batch)
+    def _ack(self, span: Span) -> None:
+        self._answered.add(span.first_sequence)
+        self._on_ack(span)
         unacked = self._unacked
         while unacked and unacked[0].first_sequence in self._answered:
             done = unacked.popleft()

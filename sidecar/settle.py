@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from sidecar import decisions as decision_log
-from sidecar.batch import Batch
+from sidecar.batch import Span
 from sidecar.decisions import Agreed, DecisionRefusedError
 from sidecar.errors import (
     BatchTooLargeError,
@@ -41,7 +41,9 @@ from sidecar.tape import Tail, TapeReader, paused_path, read_recorded, read_sett
 
 log = logging.getLogger(__name__)
 
-BURST_EVENTS_MAX: Final = 512  # read from the tape, and folded, without giving the loop away
+BURST_EVENTS_MAX: Final = (
+    64  # read from the tape, and folded, without giving the loop away: the database waits meanwhile
+)
 _CONFLICT_STEP: Final = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
 
 
@@ -561,15 +563,15 @@ class Settler:
             return False
         return True
 
-    def _note_submit(self, batch: Batch) -> None:
-        self._submitted = max(self._submitted, batch.last_sequence)
+    def _note_submit(self, span: Span) -> None:
+        self._submitted = max(self._submitted, span.last_sequence)
         if self._ack_log is not None:
-            self._note(b"# submitted %d %d\n" % (batch.first_sequence, batch.last_sequence))
+            self._note(b"# submitted %d %d\n" % (span.first_sequence, span.last_sequence))
 
-    def _note_ack(self, batch: Batch) -> None:
-        self.acknowledged.note(batch)
+    def _note_ack(self, span: Span) -> None:
+        self.acknowledged.note(span)
         if self._ack_log is not None:
-            self._note(b"%d %d %d\n" % (batch.first_sequence, batch.last_sequence, self._now_us()))
+            self._note(b"%d %d %d\n" % (span.first_sequence, span.last_sequence, self._now_us()))
 
     def _note(self, line: bytes) -> None:
         if not self._notes:  # one write for all that a turn of the loop has to say

@@ -9,7 +9,8 @@ identical batch again), `StoreRefusedError` (halt), `BatchTooLargeError` and `St
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
 from sidecar.batch import Batch
@@ -145,6 +146,13 @@ class Store(ABC):
     @abstractmethod
     async def settle_batch_atomically(self, batch: Batch) -> None:
         """Write all rows of a batch with its stamp, or none; returns once they are acknowledged."""
+
+    def attempt(self, batch: Batch) -> Callable[[], Awaitable[None]]:
+        """Give what `settle_batch_atomically` does with a batch, to be called until it is known to have been done.
+
+        Each call sends the identical rows. It may keep less than the batch: thousands of trades wait for their answer.
+        """
+        return partial(self.settle_batch_atomically, batch)
 
     @abstractmethod
     async def load_state(self, stream: str) -> dict[str, State]:

@@ -27,8 +27,9 @@ _PIECE_BYTES: Final = 65_536
 _LATER: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def connection_class(loop: asyncio.AbstractEventLoop, on_close: Callable[[], None]) -> Any:
-    """Make the class of connections on `loop`, which is running in this thread; `on_close` hears of every end."""
+def connection_class(on_close: Callable[[], None]) -> Any:
+    """Make the class of connections on the loop that is running in this thread; `on_close` hears of every end."""
+    loop = asyncio.get_running_loop()
     attributes = {"loop": loop, "loop_thread": threading.get_ident(), "on_close": staticmethod(on_close)}
     return type("LoopConnectionHere", (LoopConnection,), attributes)
 
@@ -65,6 +66,7 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Connect, on one of the driver's threads."""
         Connection.__init__(self, *args, **kwargs)
+        self._turn: list[bytes] = []
         self._unsent = bytearray()
         self._connect_socket()
         self._socket.setblocking(False)
@@ -121,6 +123,13 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is untyped
         self._socket.close()
 
     def _send(self, data: bytes) -> None:
+        if not self._turn:  # one call of the kernel for all that a turn of the loop has to say
+            self.loop.call_soon(self._send_turn)
+        self._turn.append(data)
+
+    def _send_turn(self) -> None:
+        data = self._turn[0] if len(self._turn) == 1 else b"".join(self._turn)
+        self._turn.clear()
         if self.is_closed:
             return
         if self._unsent:
@@ -135,7 +144,7 @@ class LoopConnection(Connection):  # type: ignore[misc]  # the driver is untyped
             self.defunct(error)
             return
         if sent < len(data):
-            self._unsent += data[sent:]
+            self._unsent += memoryview(data)[sent:]
             self.loop.add_writer(self._socket.fileno(), self._writable)
 
     def _writable(self) -> None:

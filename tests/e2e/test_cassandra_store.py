@@ -8,7 +8,7 @@ import itertools
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -497,14 +497,13 @@ def test_atomic_settlement(cassandra_node: Node, tmp_path: Any) -> None:
         sent: list[Batch] = []
         async with Settlement(config) as settlement:
             store = settlement.store
-            settle = store.settle_batch_atomically
 
-            async def noted(batch: Batch) -> None:
+            def noted(batch: Batch) -> Callable[[], Awaitable[None]]:
                 sent.append(batch)
-                await settle(batch)
+                return store.attempt(batch)
 
             assert settlement._life is not None
-            settlement._life.pipeline._settle_batch = noted
+            settlement._life.pipeline._attempt = noted
             assert not await store.trade_exists("btc_usdt", 77)
             assert await settlement.settle_trade_atomically(trade)
             assert await store.trade_exists("btc_usdt", 77)
@@ -525,7 +524,7 @@ def test_atomic_settlement(cassandra_node: Node, tmp_path: Any) -> None:
             stamps = {value for row in once[0] for name, value in row.items() if name.startswith("writetime")}
             assert len(stamps) == 1
             assert not await settlement.settle_trade_atomically(trade)
-            await settle(sent[0])  # a retry whose first answer was lost
+            await store.settle_batch_atomically(sent[0])  # a retry whose first answer was lost
         async with Settlement(config) as settlement:  # another process, later
             assert not await settlement.settle_trade_atomically(trade)
         assert await asyncio.to_thread(stored) == once

@@ -24,30 +24,29 @@ from sidecar.store.cassandra import CassandraStore
 from sidecar.store.sqlite import SQLiteStore
 from sidecar.tape import Tape
 
-STORES: Final = (SQLiteStore, CassandraStore)
-
 
 def _is_kind(kind: str) -> Callable[..., bool]:
     return lambda _store, _stream, what, _state: what == kind
 
 
 # Where each point is: classes, a method of theirs, and which of its calls count.
-POINTS: Final[dict[str, tuple[tuple[type, ...], str, Callable[..., bool]]]] = {
-    "receive": ((zmq.Socket,), "recv_multipart", lambda *_: True),  # a frame leaves the socket
-    "append": ((Tape,), "append", lambda *_: True),  # it gets its place
-    "sync": ((Tape,), "_write", lambda *_: True),  # its turn is committed
-    "fold": ((Ledger,), "fold", lambda *_: True),
-    "submit": (STORES, "settle_batch_atomically", lambda *_: True),  # a batch is sent; after: the store has answered
-    "ack": ((Pipeline,), "_ack", lambda *_: True),  # memory learns of it
-    "acked": (STORES, "save_state", _is_kind("acked")),
-    "durable": (STORES, "save_state", _is_kind("durable")),
+POINTS: Final[dict[str, tuple[tuple[tuple[type, str], ...], Callable[..., bool]]]] = {
+    "receive": (((zmq.Socket, "recv_multipart"),), lambda *_: True),  # a frame leaves the socket
+    "append": (((Tape, "append"),), lambda *_: True),  # it gets its place
+    "sync": (((Tape, "_write"),), lambda *_: True),  # its turn is committed
+    "fold": (((Ledger, "fold"),), lambda *_: True),
+    # A batch is sent; after: the store has answered.
+    "submit": (((SQLiteStore, "settle_batch_atomically"), (CassandraStore, "_send")), lambda *_: True),
+    "ack": (((Pipeline, "_ack"),), lambda *_: True),  # memory learns of it
+    "acked": (((SQLiteStore, "save_state"), (CassandraStore, "save_state")), _is_kind("acked")),
+    "durable": (((SQLiteStore, "save_state"), (CassandraStore, "save_state")), _is_kind("durable")),
 }
 MOMENTS: Final = ("before", "after")
 
 
 def kill_at(point: str, moment: str, times: int) -> None:
     """Wrap the functions of a point."""
-    classes, name, counts = POINTS[point]
+    places, counts = POINTS[point]
     left = times
 
     def reached(*given: Any) -> None:
@@ -57,7 +56,7 @@ def kill_at(point: str, moment: str, times: int) -> None:
             if left <= 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    for owner in classes:
+    for owner, name in places:
         wrapped = getattr(owner, name)
         setattr(owner, name, (_async if asyncio.iscoroutinefunction(wrapped) else _plain)(wrapped, moment, reached))
 

@@ -13,8 +13,9 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch
@@ -256,6 +257,9 @@ class Connection:
                 if row is not None and row.cells:
                     found[key] = Account(**row.values)
         return found
+
+    def attempt(self, batch: Batch) -> Callable[[], Awaitable[None]]:
+        return partial(self.settle_batch_atomically, batch)
 
     async def settle_batch_atomically(self, batch: Batch) -> None:
         cluster, rng = self.cluster, self.cluster.rng

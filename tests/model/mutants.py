@@ -59,8 +59,8 @@ def _wall_clock(patch: pytest.MonkeyPatch) -> None:
         return WALL_US + int(asyncio.get_running_loop().time() * 1e6)
 
     patch.setattr(sidecar.pipeline, "_wall_us", wall_us, raising=False)
-    stamped = "self._settle_batch(batch._replace(stamp_us=_wall_us()))"
-    _line(Pipeline, "_send", "self._settle_batch(batch)", stamped)(patch)
+    stamped = "self._attempt(batch._replace(stamp_us=_wall_us()))"
+    _line(Pipeline, "_fill", "self._attempt(batch)", stamped)(patch)
 
 
 def _older_lives_go_on(patch: pytest.MonkeyPatch) -> None:
@@ -110,6 +110,11 @@ def _private_gaps(patch: pytest.MonkeyPatch) -> None:
 
 MUTANTS: Final = (
     Mutant("no skip", ("plain", "outage"), _line(Ledger, "_post", "last_sequence >= sequence", "False")),
+    Mutant(
+        "no skip in a common trade",
+        ("plain", "outage"),
+        _line(Ledger, "_fold_common", "bought_last < sequence", "True"),
+    ),
     Mutant("wall-clock stamps", ("plain", "outage"), _wall_clock),
     Mutant(
         "no durable lag",

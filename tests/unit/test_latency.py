@@ -59,11 +59,11 @@ def test_a_sample_stands_for_all_that_was_acknowledged_since_the_one_before(read
     acknowledged = Acknowledged(clock)
     acknowledged.begin(reader, 1, 0)
     clock.now_us += 4_000
-    acknowledged.note(batch(1, 1))
+    acknowledged.note(batch(1, 1).span)
     clock.now_us += 1_000  # too early for the next
-    acknowledged.note(batch(2, 30))
+    acknowledged.note(batch(2, 30).span)
     clock.now_us = RECORDED_AT_US + 10_000_000  # ten seconds of silence: everybody behind it waited
-    acknowledged.note(batch(31, 40))
+    acknowledged.note(batch(31, 40).span)
     assert (acknowledged.batches_total, acknowledged.events_total) == (3, 40)
     assert counted(acknowledged.since_recorded) == {5_000: 1, 10_000_000: 39}
     assert acknowledged.since_recorded.sum_us == 4_000 + 39 * 10_000_000
@@ -74,13 +74,13 @@ def test_what_was_acknowledged_before_is_counted_and_not_measured(reader: TapeRe
     acknowledged = Acknowledged(clock)
     acknowledged.begin(reader, 1, acked_to=50)
     clock.now_us += 3_600_000_000  # a start, an hour later: replayed from `durable`
-    acknowledged.note(batch(1, 50))
+    acknowledged.note(batch(1, 50).span)
     assert (acknowledged.events_total, sum(acknowledged.since_recorded.counts)) == (50, 0)
-    acknowledged.note(batch(51, 52))
+    acknowledged.note(batch(51, 52).span)
     assert counted(acknowledged.since_recorded) == {3_600_000_000: 2}
     clock.now_us += SAMPLE_EVERY_US
     acknowledged.begin(reader, 1, acked_to=20)  # a new life, from further back
-    acknowledged.note(batch(21, 52))
+    acknowledged.note(batch(21, 52).span)
     assert sum(acknowledged.since_recorded.counts) == 2
 
 
@@ -88,18 +88,18 @@ def test_another_stream_is_measured_from_its_own_beginning(reader: TapeReader, c
     acknowledged = Acknowledged(clock)
     acknowledged.begin(reader, 7, acked_to=5_000)
     acknowledged.begin(reader, 1, acked_to=0)
-    acknowledged.note(batch(1, 3))
+    acknowledged.note(batch(1, 3).span)
     assert sum(acknowledged.since_recorded.counts) == 3
 
 
 def test_an_event_that_is_not_on_the_tape_is_made_up_for_by_the_next_sample(reader: TapeReader, clock: Clock) -> None:
     acknowledged = Acknowledged(clock)
     acknowledged.begin(reader, 1, 90)
-    acknowledged.note(batch(91, 120))  # ends in an accepted gap
+    acknowledged.note(batch(91, 120).span)  # ends in an accepted gap
     assert sum(acknowledged.since_recorded.counts) == 0
     acknowledged.begin(reader, 2, 120)  # nor is there anything of this session
     clock.now_us += SAMPLE_EVERY_US
-    acknowledged.note(batch(121, 122))
+    acknowledged.note(batch(121, 122).span)
     assert (acknowledged.events_total, sum(acknowledged.since_recorded.counts)) == (32, 0)
 
 

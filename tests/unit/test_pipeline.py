@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def tell(story: Story, *, trades_max: int = 4, inflight_max: int = 2, **other: A
                 stream="main",
                 state=before(1, 1_000),
                 decisions_read=1,
-                settle_batch=answers.settle,
+                attempt=lambda batch: partial(answers.settle, batch),
                 spawn=spawn,
                 **({"retry_backoff_max_s": 0.01} | bounds | other),
             )
@@ -299,7 +300,6 @@ def test_each_acknowledged_batch_is_told_once() -> None:
         await answers.ack(3)
         await answers.ack(2)
         assert sorted(told) == [(1, 1), (2, 2), (3, 3)]
-        assert pipe.batches_total == 3
 
     tell(
         story,
