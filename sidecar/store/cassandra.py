@@ -366,10 +366,10 @@ class CassandraStore(ProofRows):
         if self._connected is not None:
             return self._connected
         clusters: list[Any] = []
-        self._loop = asyncio.get_running_loop()
+        connections = connection_class(self._connection_closed)
 
         def connect() -> Any:
-            clusters.append(self._cluster())  # in here, since it resolves names
+            clusters.append(self._cluster(connections))  # in here, since it resolves names
             try:
                 return clusters[0].connect()
             except BaseException:
@@ -406,8 +406,8 @@ class CassandraStore(ProofRows):
     def _where(self) -> str:
         return f"{','.join(self._contact_points)} port {self._port}"
 
-    def _cluster(self) -> Any:
-        """Make the driver's cluster object; it connects later."""
+    def _cluster(self, connections: Any) -> Any:
+        """Make the driver's cluster object; it connects later, by this class of connections."""
         profile = ExecutionProfile(
             load_balancing_policy=Answering(DCAwareRoundRobinPolicy(self._local_dc)),
             retry_policy=self._retry_policy,
@@ -430,19 +430,15 @@ class CassandraStore(ProofRows):
             max_schema_agreement_wait=connect_s,
             idle_heartbeat_interval=HEARTBEAT_S,
             idle_heartbeat_timeout=HEARTBEAT_S,
-            connection_class=self._connection_class(),
+            connection_class=connections,
             **_WITHOUT_REPORTS,
         )
 
-    def _connection_class(self) -> Any:
-        """Make a connection on this loop that tells when it is closed, by whomever."""
-
-        def closed() -> None:
-            connected = self._connected
-            if connected is not None and connected.nodes is not None:
-                connected.nodes.suspect_from_thread()
-
-        return connection_class(self._loop, closed)
+    def _connection_closed(self) -> None:
+        """Hear of the end of a connection, by whomever, on any thread."""
+        connected = self._connected
+        if connected is not None and connected.nodes is not None:
+            connected.nodes.suspect_from_thread()
 
     async def _watch(self, connected: _Connected) -> None:
         """Take the first look at the nodes; those that are up may take a moment to be connected all."""

@@ -28,9 +28,13 @@ _PIECE_BYTES: Final = 65_536
 _LATER: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def connection_class(loop: asyncio.AbstractEventLoop, on_close: Callable[[], None]) -> Any:
-    """Make the class of connections on `loop`, which is running in this thread; `on_close` hears of every end."""
-    attributes = {"loop": loop, "loop_thread": threading.get_ident(), "on_close": staticmethod(on_close)}
+def connection_class(on_close: Callable[[], None]) -> Any:
+    """Make the class of connections on the loop that is running in this thread; `on_close` hears of every end."""
+    attributes = {
+        "loop": asyncio.get_running_loop(),
+        "loop_thread": threading.get_ident(),
+        "on_close": staticmethod(on_close),
+    }
     return type("LoopConnectionHere", (LoopConnection,), attributes)
 
 

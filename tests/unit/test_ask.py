@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from cassandra.protocol import ColumnMetadata, ExecuteMessage, PreparedQueryNotF
 from cassandra.query import BoundStatement, PreparedStatement
 
 from sidecar.store.cassandra import _Question, _Wire
-from sidecar.store.connection import ask
+from sidecar.store.connection import ask, connection_class
 
 TYPES = {"user_id": LongType, "asset_id": Int32Type, "stream": UTF8Type}
 COLUMNS = [ColumnMetadata("trading", "user_balances", name, kind) for name, kind in TYPES.items()]
@@ -131,5 +132,15 @@ def test_a_host_that_is_named_is_the_only_one_asked() -> None:
             await hosts.answer(host="b")
         assert len(hosts.asked) == 1
         assert PrepareMessage("SELECT").query == "SELECT"  # by which these hosts know what they are asked to prepare
+
+    asyncio.run(story())
+
+
+def test_connections_are_of_the_loop_they_are_made_on_and_of_no_other_thread() -> None:
+    async def story() -> None:
+        made = connection_class(lambda: None)
+        assert (made.loop, made.loop_thread) == (asyncio.get_running_loop(), threading.get_ident())
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            await asyncio.to_thread(connection_class, lambda: None)
 
     asyncio.run(story())
