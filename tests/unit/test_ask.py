@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 from collections.abc import Awaitable
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ import pytest
 from cassandra import ConsistencyLevel, protocol
 from cassandra.cluster import NoHostAvailable
 from cassandra.cqltypes import Int32Type, LongType, UTF8Type
-from cassandra.protocol import ColumnMetadata, ExecuteMessage, PreparedQueryNotFound, PrepareMessage
+from cassandra.protocol import ColumnMetadata, PreparedQueryNotFound, PrepareMessage
 from cassandra.query import BoundStatement, PreparedStatement
 
-from sidecar.store.cassandra import _Question, _Wire
+from sidecar.store.cassandra import CassandraStore, _Question, _Wire
 from sidecar.store.connection import ask, connection_class
 
 TYPES = {"user_id": LongType, "asset_id": Int32Type, "stream": UTF8Type}
@@ -27,20 +28,33 @@ def prepared(routing: list[int] | None, columns: list[Any] = COLUMNS) -> Any:
 
 
 @pytest.mark.parametrize("state", [None, b"where the next page begins"], ids=["first page", "further page"])
-@pytest.mark.parametrize("serial", [None, ConsistencyLevel.SERIAL])
 @pytest.mark.parametrize("values", [(7, 1, "main"), (-1, None, ""), (2**62, 0, "é" * 300)])
-def test_a_question_is_the_drivers_own_message_byte_for_byte(
-    values: tuple[Any, ...], serial: int | None, state: bytes | None
-) -> None:
-    statement = prepared([0])
-    bound = BoundStatement(statement).bind(values)
-    theirs = ExecuteMessage(statement.query_id, bound.values, ConsistencyLevel.QUORUM, serial, 77, state)
-    question = _Question(
-        statement, bound.values, consistency=ConsistencyLevel.QUORUM, serial_consistency=serial, rows_a_page=77
-    )
-    wire = _Wire()
-    named = {"compressor": None, "allow_beta_protocol_version": False}
-    assert wire.encode_message(question.message(state), 300, 4, **named) == wire.encode_message(theirs, 300, 4, **named)
+def test_a_question_is_what_the_protocol_says_byte_for_byte(values: tuple[Any, ...], state: bytes | None) -> None:
+    bound = BoundStatement(prepared([0])).bind(values)
+    sent: list[Any] = []
+
+    class Said(CassandraStore):
+        async def _prepared(self, _text: str) -> Any:
+            return bound.prepared_statement
+
+        async def _ask(self, message: Any, *_: Any, **__: Any) -> Any:
+            sent.append(message)
+            return SimpleNamespace(parsed_rows=None, paging_state=None)
+
+    async def story() -> None:
+        store = Said(page_widths={})
+        levels = {"consistency": ConsistencyLevel.SERIAL, "serial_consistency": ConsistencyLevel.LOCAL_SERIAL}
+        question = await store._question("SELECT", values, rows_a_page=77, **levels)
+        assert await store._page(question, state) == ([], None)
+
+    asyncio.run(story())
+    body = struct.pack(">H16sHBH", 16, bound.prepared_statement.query_id, 8, 0x1D if state else 0x15, 3)
+    for value in bound.values:
+        body += struct.pack(">i", -1) if value is None else struct.pack(f">i{len(value)}s", len(value), value)
+    body += struct.pack(">i", 77) + (struct.pack(f">i{len(state)}s", len(state), state) if state else b"")
+    body += struct.pack(">H", 9)
+    head = struct.pack(">BBhBi", 4, 0, 300, 0x0A, len(body))  # native_protocol_v4.spec, 4.1.6
+    assert _Wire().encode_message(sent[0], 300, 4, compressor=None, allow_beta_protocol_version=False) == head + body
 
 
 @pytest.mark.parametrize("routing", [[0], [2, 0], None], ids=["one column", "two columns", "none"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.store.cassandra import _Encoded, _Wire
+from sidecar.store.cassandra import _EncodedBatch, _Wire
 
 VOID = b"\x00\x00\x00\x01"
 RESULT, WARNING = 0x08, 0x08
@@ -41,5 +41,5 @@ def test_requests_are_encoded_whatever_a_driver_says_besides(named: dict[str, An
     wire._handler = Handler()
     said: Any = wire.encode_message("message", 7, 4, **named)
     assert said == (("message", 7, 4), named)
-    encoded = wire.encode_message(_Encoded(0x0D, b"rows"), 7, 4, **named)
+    encoded = wire.encode_message(_EncodedBatch(b"rows"), 7, 4, **named)
     assert encoded == b"\x04\x00\x00\x07\x0d\x00\x00\x00\x04rows"
