@@ -4,8 +4,8 @@
   order and any number of times. Its bytes are made here once (encode.py) and kept for the identical retry.
 - The driver never retries: the pipeline does (FallthroughRetryPolicy). Every error becomes one of ours in `classified`,
   by type and code, and nowhere else.
-- The loop is never blocked: connecting, preparing and closing run in threads of their own; answers arrive on the
-  driver's thread and are brought over to the loop, as many as there are with one wake-up.
+- The loop is never blocked: connecting, preparing, changing tables and closing run in threads of their own; all else
+  is sent and answered on the loop itself (connection.py).
 - Writes carry their time explicitly or, LWT, none: nothing is ever stamped with this host's clock by the driver.
 - Protocol v4, because Cassandra and ScyllaDB both speak it and v5 adds a checksum computed in Python to every message.
 
@@ -22,7 +22,7 @@ import logging
 import ssl
 import struct
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -30,7 +30,7 @@ from typing import Any, Final, TypeVar
 import cassandra
 from cassandra import ConsistencyLevel, ProtocolVersion, protocol
 from cassandra.auth import PlainTextAuthProvider
-from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, NoHostAvailable, ResponseFuture
+from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, NoHostAvailable
 from cassandra.connection import ConnectionBusy, ConnectionException
 from cassandra.policies import (
     ConstantReconnectionPolicy,
@@ -141,15 +141,46 @@ class _EncodedBatch:
     """A BATCH message whose body is made already."""
 
     opcode = protocol.BatchMessage.opcode
-    consistency_level = ConsistencyLevel.LOCAL_QUORUM
     custom_payload = None
     tracing = False
 
     def __init__(self, body: bytes) -> None:
         self.body = body
 
-    def send_body(self, into: Any, _protocol_version: int) -> None:
-        into.write(self.body)
+
+class _Question(BoundStatement):  # type: ignore[misc]  # the driver is untyped
+    """A prepared statement with its values, encoded: what a plan of nodes asks of it (its routing key) is the driver's.
+
+    The driver's own constructor and binding do as much again for what no question of ours has.
+    """
+
+    def __init__(
+        self,
+        prepared: Any,
+        values: Sequence[bytes | None],
+        *,
+        consistency: int = ConsistencyLevel.LOCAL_QUORUM,
+        serial_consistency: int | None = None,
+        rows_a_page: int = SCAN_ROWS,
+    ) -> None:
+        self.prepared_statement = prepared
+        self.keyspace = prepared.column_metadata[0].keyspace_name if prepared.column_metadata else None
+        self.values = values
+        self.consistency_level = consistency
+        self.serial_consistency_level = serial_consistency
+        self.fetch_size = rows_a_page
+
+    def message(self, paging_state: bytes | None) -> Any:
+        """Give the message for one page; it is the driver's, since scylla-driver adds what it agreed on with a node."""
+        return protocol.ExecuteMessage(
+            self.prepared_statement.query_id,
+            self.values,
+            self.consistency_level,
+            serial_consistency_level=self.serial_consistency_level,
+            fetch_size=self.fetch_size,
+            paging_state=paging_state,
+            result_metadata_id=self.prepared_statement.result_metadata_id,
+        )
 
 
 class _Wire:
@@ -196,39 +227,6 @@ class _Wire:
             log.info("database_warns", extra={"warning": first, "further": "counted only"})
         self.warnings_total += warnings
         return body[at:]
-
-
-class _Answers:
-    """Brings answers from the driver's thread to the loop: many with one wake-up."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._arrived: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
-        self._woken = False
-
-    def arrived(self, result: Any, answer: asyncio.Future[Any]) -> None:
-        self._bring(answer, result, None)
-
-    def failed(self, error: BaseException, answer: asyncio.Future[Any]) -> None:
-        self._bring(answer, None, error)
-
-    def _bring(self, answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-        self._arrived.append((answer, result, error))
-        if not self._woken:
-            self._woken = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._woken = False  # before the first is taken: one that comes now wakes the loop again
-        while self._arrived:
-            answer, result, error = self._arrived.popleft()
-            if answer.done():
-                continue
-            if error is None:
-                answer.set_result(result)
-            else:
-                answer.set_exception(error)
 
 
 async def _in_thread(work: Callable[[], T], unwanted: Callable[[T], object] = lambda _: None) -> T:
@@ -354,7 +352,7 @@ class CassandraStore(ProofRows):
         if self._connected is not None:
             return self._connected
         clusters: list[Any] = []
-        connections = self._connections()
+        connections = connection_class(self._connection_closed)
 
         def connect() -> Any:
             clusters.append(self._cluster(connections))  # in here, since it resolves names
@@ -380,7 +378,6 @@ class CassandraStore(ProofRows):
             raise type(found)(f"{self._where()}: {found}{self._tls_hint(error)}") from error
         session.client_protocol_handler = self._wire
         session.use_client_timestamp = False
-        self._answers = _Answers(asyncio.get_running_loop())
         self._connected = _Connected(session.cluster, session)
         return self._connected
 
@@ -396,7 +393,7 @@ class CassandraStore(ProofRows):
         return f"{','.join(self._contact_points)} port {self._port}"
 
     def _cluster(self, connections: Any) -> Any:
-        """Make the driver's cluster object; it connects later."""
+        """Make the driver's cluster object; it connects later, by this class of connections."""
         profile = ExecutionProfile(
             load_balancing_policy=Answering(DCAwareRoundRobinPolicy(self._local_dc)),
             retry_policy=self._retry_policy,
@@ -423,21 +420,18 @@ class CassandraStore(ProofRows):
             **_WITHOUT_REPORTS,
         )
 
-    def _connections(self) -> Any:
-        """Make the class of connections on this loop that tell when they are closed, by whomever."""
-
-        def closed() -> None:
-            connected = self._connected
-            if connected is not None and connected.nodes is not None:
-                connected.nodes.suspect_from_thread()
-
-        return connection_class(closed)
+    def _connection_closed(self) -> None:
+        """Hear of the end of a connection, by whomever, on any thread."""
+        connected = self._connected
+        if connected is not None and connected.nodes is not None:
+            connected.nodes.suspect_from_thread()
 
     async def _watch(self, connected: _Connected) -> None:
         """Take the first look at the nodes; those that are up may take a moment to be connected all."""
 
         async def ask(host: Any, timeout_s: float) -> list[tuple[Any, ...]]:
-            return await self._ask(SimpleStatement(GENERATION, consistency_level=ConsistencyLevel.ONE), timeout_s, host)
+            message = protocol.QueryMessage(GENERATION, ConsistencyLevel.ONE)
+            return (await self._ask(message, timeout_s, host=host)).parsed_rows or []
 
         def count() -> None:
             self._outages += 1
@@ -495,47 +489,15 @@ class CassandraStore(ProofRows):
             raise OutcomeUnknownError(f"{self._where()}: not connected")
         return connected
 
-    async def _ask(self, statement: Any, timeout_s: float | None = None, host: Any = None) -> list[tuple[Any, ...]]:
-        rows, _ = await self._ask_page(statement, None, timeout_s, host)
-        return rows
-
-    async def _ask_page(
-        self, statement: Any, paging_state: bytes | None, timeout_s: float | None = None, host: Any = None
-    ) -> tuple[list[tuple[Any, ...]], bytes | None]:
-        """Ask, and give the page of rows with the state that the next page is asked by (None: it was the last)."""
+    async def _ask(self, message: Any, timeout_s: float, *, query: Any = None, host: Any = None) -> Any:
+        """Send a message to `host`, or to the node that is best for `query`; give the answer."""
         session = self._here().session
         try:
-            asked = session.execute_async(statement, timeout=None, paging_state=paging_state, host=host)
-            rows = await self._answer(asked, timeout_s or self._timeout_s)
+            return await ask(session, message, self._wire, timeout_s, query=query, host=host)
+        except protocol.ErrorMessage as error:
+            raise classified(error.to_exception(), self.unknown_errors) from error
         except Exception as error:
             raise classified(error, self.unknown_errors) from error
-        return rows or [], asked._paging_state  # noqa: SLF001 - ResultSet would fetch the next page by blocking
-
-    async def _answer(self, asked: Any, timeout_s: float) -> Any:
-        """Wait for what was sent, so long at most.
-
-        The driver's own timer would wake its thread a second time for every request (76 us under load); this one calls
-        the same method when it is over. A future of the driver that stays silent even then is given up.
-        """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Any] = loop.create_future()
-
-        def give_up() -> None:
-            if not answer.done():
-                answer.set_exception(OutcomeUnknownError(f"the driver told nothing within {timeout_s} s"))
-
-        def time_is_up() -> None:
-            loop.call_later(SILENCE_S, give_up)
-            asked._on_timeout()  # noqa: SLF001 - as the driver's timer does
-
-        over = loop.call_later(timeout_s, time_is_up)
-        asked.add_callbacks(
-            self._answers.arrived, self._answers.failed, callback_args=(answer,), errback_args=(answer,)
-        )
-        try:
-            return await answer
-        finally:
-            over.cancel()
 
     async def _prepared(self, text: str) -> Any:
         """Give a statement's prepared form; it is prepared when it is first used."""
@@ -554,32 +516,45 @@ class CassandraStore(ProofRows):
         except Exception as error:
             raise classified(error, self.unknown_errors) from error
 
-    async def _select(
-        self, text: str, values: Sequence[Any], *, consistency: int | None = None
-    ) -> list[tuple[Any, ...]]:
+    async def _question(self, text: str, values: Sequence[Any], **how: int) -> _Question:
+        """Give the question of a statement with these values; `how` as _Question has it."""
+        prepared = await self._prepared(text)
+        encoded = [
+            None if value is None else column.type.serialize(value, ProtocolVersion.V4)
+            for value, column in zip(values, prepared.column_metadata, strict=True)
+        ]
+        return _Question(prepared, encoded, **how)
+
+    async def _select(self, text: str, values: Sequence[Any], **how: int) -> list[tuple[Any, ...]]:
         """Ask for all rows, however many pages they are."""
-        rows: list[tuple[Any, ...]] = []
-        async for page in self._pages(text, values, consistency=consistency):
-            rows += page
+        return await self._rows(await self._question(text, values, **how))
+
+    async def _rows(self, question: _Question) -> list[tuple[Any, ...]]:
+        rows, state = await self._page(question)
+        while state:
+            more, state = await self._page(question, state)
+            rows += more
         return rows
 
     async def _pages(
-        self, text: str, values: Sequence[Any] = (), *, consistency: int | None = None, rows_a_page: int = SCAN_ROWS
+        self, text: str, values: Sequence[Any] = (), *, rows_a_page: int = SCAN_ROWS
     ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Ask page by page; pages without rows are left out."""
-        bound = BoundStatement(await self._prepared(text), consistency_level=consistency, fetch_size=rows_a_page)
-        bound.bind(values)
-        async for rows in self._pages_of(bound):
-            yield rows
-
-    async def _pages_of(self, bound: Any) -> AsyncIterator[list[tuple[Any, ...]]]:
+        question = await self._question(text, values, rows_a_page=rows_a_page)
         state = None
         while True:
-            rows, state = await self._ask_page(bound, state)
+            rows, state = await self._page(question, state)
             if rows:
                 yield rows
             if not state:
                 return
+
+    async def _page(
+        self, question: _Question, state: bytes | None = None
+    ) -> tuple[list[tuple[Any, ...]], bytes | None]:
+        """Ask, and give a page of rows with the state that the next page is asked by (None: it was the last)."""
+        answer = await self._ask(question.message(state), self._timeout_s, query=question)
+        return answer.parsed_rows or [], answer.paging_state
 
     # --- schema ---
 
@@ -599,7 +574,7 @@ class CassandraStore(ProofRows):
         return sorted(table.name for table in missing)
 
     async def _define(self, statement: str) -> None:
-        await self._ask(SimpleStatement(statement))
+        await self._run(SimpleStatement(statement))
 
     async def ready_for(self, symbols: Iterable[str]) -> None:
         """Check the symbols' tables and prepare for them."""
@@ -641,20 +616,22 @@ class CassandraStore(ProofRows):
 
     async def _system(self, table: str) -> list[dict[str, Any]]:
         """Read what system_schema says of the keyspace, by name: the columns differ from one database to the other."""
-        session = self._here().session
-        statement = SimpleStatement(
-            f"SELECT * FROM system_schema.{table} WHERE keyspace_name = %s", consistency_level=ConsistencyLevel.ONE
-        )
+        text = f"SELECT * FROM system_schema.{table} WHERE keyspace_name = %s"
+        return await self._run(SimpleStatement(text, consistency_level=ConsistencyLevel.ONE), (self._keyspace,))
 
-        def ask() -> list[dict[str, Any]]:
-            result = session.execute(statement, (self._keyspace,), timeout=self._timeout_s)
+    async def _run(self, statement: Any, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Run a statement the driver's own way, which waits for the nodes to agree on a change of tables."""
+        session = self._here().session
+
+        def run() -> list[dict[str, Any]]:
+            result = session.execute(statement, values, timeout=self._timeout_s)
             return [dict(zip(result.column_names, row, strict=True)) for row in result]
 
         try:
             async with asyncio.timeout(self._timeout_s + SILENCE_S):
-                return await _in_thread(ask)
+                return await _in_thread(run)
         except TimeoutError as error:
-            raise OutcomeUnknownError(f"system_schema.{table}: the driver told nothing in time") from error
+            raise OutcomeUnknownError(f"{statement.query_string}: the driver told nothing in time") from error
         except Exception as error:
             raise classified(error, self.unknown_errors) from error
 
@@ -681,35 +658,9 @@ class CassandraStore(ProofRows):
         await self._send(encoder.encode(batch))
 
     async def _send(self, body: bytes) -> None:
-        # No query in the plan, so no replica is preferred: a batch has rows for many nodes, and the coordinators of the
+        # No query for the plan, so no replica is preferred: a batch has rows for many nodes, and coordinators of the
         # batch log take turns.
-        session, message = self._here().session, _EncodedBatch(body)
-        try:
-            await ask(session, message, self._wire, self._timeout_s)
-        except protocol.PreparedQueryNotFound:
-            await self._send_and_prepare(session, message)
-        except protocol.ErrorMessage as error:
-            raise classified(error.to_exception(), self.unknown_errors) from error
-        except Exception as error:
-            raise classified(error, self.unknown_errors) from error
-
-    async def _send_and_prepare(self, session: Any, message: _EncodedBatch) -> None:
-        """Send the driver's way, which prepares again what a node has forgotten (it, or a table, was made anew)."""
-        sent = ResponseFuture(
-            session,
-            message,
-            None,
-            None,
-            retry_policy=self._retry_policy,
-            row_factory=tuple_factory,
-            load_balancer=session.cluster.profile_manager.default.load_balancing_policy,
-        )
-        sent._protocol_handler = self._wire  # noqa: SLF001 - as Session.execute_async sets it
-        try:
-            sent.send_request()
-            await self._answer(sent, self._timeout_s)
-        except Exception as error:
-            raise classified(error, self.unknown_errors) from error
+        await self._ask(_EncodedBatch(body), self._timeout_s)
 
     async def _prepare_encoder(self, connected: _Connected) -> None:
         ids = [
@@ -757,10 +708,8 @@ class CassandraStore(ProofRows):
 
         async def read_on() -> None:
             for assets, users in questions:
-                bound = BoundStatement(prepared)
-                bound.values = [_list_of("q", 8, users), _list_of("i", 4, assets), name]
-                async for rows in self._pages_of(bound):
-                    found.update({(row[0], row[1]): row[2:] for row in rows})
+                values = [_list_of("q", 8, users), _list_of("i", 4, assets), name]
+                found.update({(row[0], row[1]): row[2:] for row in await self._rows(_Question(prepared, values))})
 
         readers = [asyncio.ensure_future(read_on()) for _ in range(min(READS_INFLIGHT_MAX, len(assets_of)))]
         try:
@@ -806,10 +755,8 @@ class CassandraStore(ProofRows):
             " (stream, number, kind, first_sequence, last_sequence, body, reason, decided_by, decided_at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) IF NOT EXISTS"
         )
-        bound = BoundStatement(await self._prepared(query), serial_consistency_level=ConsistencyLevel.SERIAL)
-        bound.bind(decision)
         try:
-            rows = await self._ask(bound)
+            rows = await self._select(query, decision, serial_consistency=ConsistencyLevel.SERIAL)
         except OutcomeUnknownError as unknown:
             log.warning("decision_outcome_unknown", extra={"number": decision.number, "error": str(unknown)})
             there = {entry.number: entry for entry in await self.read_decisions(decision.stream)}

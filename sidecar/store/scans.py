@@ -38,14 +38,12 @@ class ProofRows(Store):
 
     @abstractmethod
     def _pages(
-        self, text: str, values: Sequence[Any] = (), *, consistency: int | None = None, rows_a_page: int = SCAN_ROWS
+        self, text: str, values: Sequence[Any] = (), *, rows_a_page: int = SCAN_ROWS
     ) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Ask page by page; pages without rows are left out."""
 
     @abstractmethod
-    async def _select(
-        self, text: str, values: Sequence[Any], *, consistency: int | None = None
-    ) -> list[tuple[Any, ...]]:
+    async def _select(self, text: str, values: Sequence[Any], **how: int) -> list[tuple[Any, ...]]:
         """Ask for all rows, however many pages they are."""
 
     def _trades(self, symbol: str) -> str:

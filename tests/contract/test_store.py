@@ -18,7 +18,7 @@ import pytest
 from sidecar.batch import BALANCE_COLUMNS, LEDGER_COLUMNS, REJECTED_COLUMNS, ROW_PAGE_WIDTH, TRADE_COLUMNS, Batch, Row
 from sidecar.errors import StoreRefusedError
 from sidecar.events import I63_MAX, Account, AccountKey, Balance, Decision, State
-from sidecar.store.base import ProofFinding, ProofRun, StampedBalance, Store
+from sidecar.store.base import SCAN_ROWS, ProofFinding, ProofRun, StampedBalance, Store
 from sidecar.store.sqlite import SQLiteStore
 from tests.stores import STORES
 
@@ -490,6 +490,22 @@ def test_scans_go_through_all_trades_and_balances(rows: Rows, first: int, stream
         assert len(found_balances) == len(balances)
         assert set(found_balances) == balances
         assert all(isinstance(row, Balance) for row in found_balances)
+
+    rows.run(ask)
+
+
+def test_a_user_with_more_balances_than_a_page_holds_gets_them_all(rows: Rows, first: int, stream: str) -> None:
+    accounts = {(first, asset): Account(asset, 1, 1, 1) for asset in range(1, SCAN_ROWS + 101)}
+    keys = sorted(accounts)
+
+    async def ask(store: Store) -> None:
+        batches = [
+            make_batch(stream, 1, balances={key: accounts[key] for key in keys[at : at + 100]})
+            for at in range(0, len(keys), 100)
+        ]
+        await asyncio.gather(*map(store.settle_batch_atomically, batches))
+        assert await store.get_user_balances(first) == [Balance(*key, stream, *accounts[key]) for key in keys]
+        assert await store.load_accounts(stream, keys) == accounts
 
     rows.run(ask)
 

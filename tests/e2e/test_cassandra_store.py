@@ -168,6 +168,8 @@ def test_node_killed_and_restarted_under_an_open_store(own_node: Node, own_keysp
                     await store.read_decisions(f"{begin}")
                 with pytest.raises(OutcomeUnknownError):
                     await store.load_accounts(STREAM, [(0, 1)])
+                with pytest.raises(OutcomeUnknownError):
+                    await store.trade_exists("btc_usdt", begin)
                 await asyncio.to_thread(own_node.start)
                 back = asyncio.get_running_loop().time()
                 await settle_until_known(store, make_batch(begin + 2))
@@ -267,6 +269,7 @@ def test_silent_node_gives_an_unknown_outcome_in_time_and_blocks_nothing(
                         *(store.settle_batch_atomically(batch) for batch in batches),
                         store.read_decisions(f"{begin}"),
                         store.load_accounts(STREAM, [(user, 1) for user in range(500)]),
+                        *(store.get_user_balance(user, 1) for user in range(50)),
                         store.append_decision(Decision(f"{begin}", 1, "gap", 1, 1, "{}", "", "me", 0)),
                         return_exceptions=True,
                     )
@@ -357,14 +360,77 @@ def test_a_table_dropped_under_an_open_store_is_refused_with_the_next_step(cassa
     async def ask() -> None:
         async with opened(cassandra_node, keyspace) as store:
             await store.settle_batch_atomically(make_batch(1))
+            assert await store.trade_exists("btc_usdt", 100)
             await asyncio.to_thread(cassandra_node.cql, f"DROP TABLE {keyspace}.settled_trades_btc_usdt")
             with pytest.raises(StoreRefusedError, match="sidecar schema apply"):
                 await store.settle_batch_atomically(make_batch(2))
+            with pytest.raises(StoreRefusedError, match="sidecar schema apply"):
+                await store.trade_exists("btc_usdt", 100)
             with pytest.raises(StoreRefusedError, match=r"settled_trades_btc_usdt.*sidecar schema apply"):
                 await store.ready_for(SYMBOLS)
             assert await store.apply_schema(SYMBOLS) == ["settled_trades_btc_usdt"]
+            assert not await store.trade_exists("btc_usdt", 100)
             await store.settle_batch_atomically(make_batch(2))
             assert await store.trade_exists("btc_usdt", 200)
+
+    asyncio.run(ask())
+
+
+def test_look_ups_whose_connection_is_lost_have_an_unknown_outcome_and_are_answered_later(
+    own_node: Node, own_keyspace: str, begin: int
+) -> None:
+    keyspace = own_keyspace
+
+    async def ask() -> None:
+        async with opened(own_node, keyspace) as store:
+            await store.settle_batch_atomically(make_batch(begin + 1))
+            trade_id = (begin + 1) * 100
+            assert await store.trade_exists("btc_usdt", trade_id)
+            await asyncio.to_thread(own_node.pause)
+            try:
+                asked = [asyncio.ensure_future(store.trade_exists("btc_usdt", trade_id)) for _ in range(20)]
+                await asyncio.sleep(0)
+                assert store._connected is not None
+                (pool,) = store._connected.session.get_pools()
+                (connection,) = pool.get_connections()
+                connection._socket.shutdown(socket.SHUT_RDWR)
+                answers = await asyncio.gather(*asked, return_exceptions=True)
+            finally:
+                await asyncio.to_thread(own_node.resume)
+            assert {type(answer) for answer in answers} == {OutcomeUnknownError}
+            assert not any("OperationTimedOut" in str(answer) for answer in answers)  # it is known at once
+            await until(lambda: stands(store), "it stands again")
+            assert await store.trade_exists("btc_usdt", trade_id)
+            assert not store.unknown_errors
+
+    asyncio.run(ask())
+
+
+def test_a_store_that_is_closed_says_so(cassandra_node: Node, keyspace: str) -> None:
+    async def ask() -> None:
+        async with opened(cassandra_node, keyspace) as store:
+            assert not await store.trade_exists("btc_usdt", 1)
+        with pytest.raises(OutcomeUnknownError, match=f"{cassandra_node.port}: not connected"):
+            await store.trade_exists("btc_usdt", 1)
+        with pytest.raises(OutcomeUnknownError, match="not connected"):
+            await store.get_user_balance(1, 1)
+
+    asyncio.run(ask())
+
+
+def test_a_look_up_under_way_when_the_store_is_closed_ends(own_node: Node, own_keyspace: str) -> None:
+    async def ask() -> None:
+        async with opened(own_node, own_keyspace) as store:
+            assert not await store.trade_exists("btc_usdt", 1)
+            await asyncio.to_thread(own_node.pause)
+            try:
+                asked = asyncio.ensure_future(store.trade_exists("btc_usdt", 1))
+                await asyncio.sleep(0)
+                await store.close()
+                with pytest.raises(OutcomeUnknownError):
+                    await asked
+            finally:
+                await asyncio.to_thread(own_node.resume)
 
     asyncio.run(ask())
 
@@ -376,8 +442,12 @@ def test_a_table_altered_under_an_open_store_goes_on(cassandra_node: Node) -> No
         async with opened(cassandra_node, keyspace) as store:
             await store.settle_batch_atomically(make_batch(1))
             assert await store.get_trade("btc_usdt", 100)
+            assert await store.trade_exists("btc_usdt", 100)
+            assert await store.get_user_balance(0, 1) == Balance(0, 1, "*", 1, 1, 1, 1)
             for table in ("settled_trades_btc_usdt", "user_balances"):
                 await asyncio.to_thread(cassandra_node.cql, f"ALTER TABLE {keyspace}.{table} ADD remark text")
+            assert await store.trade_exists("btc_usdt", 100)
+            assert await store.get_user_balance(0, 1) == Balance(0, 1, "*", 1, 1, 1, 1)
             await store.settle_batch_atomically(make_batch(2))
             (row,) = await store.get_trade("btc_usdt", 200)
             assert tuple(row) == TRADE_COLUMNS
@@ -444,15 +514,15 @@ def test_an_entry_that_got_there_without_an_answer_is_ours(cassandra_node: Node,
             assert await store.append_decision(entry)
             assert await store.append_decision(entry)  # the first answer was lost
             assert not await store.append_decision(entry._replace(decided_by="me@here:2"))
-            ask_node = store._ask
+            ask_node = store._rows
 
-            async def lose_the_answer(statement: Any, *rest: Any) -> Any:
-                rows = await ask_node(statement, *rest)
-                if "IF NOT EXISTS" in str(getattr(statement, "prepared_statement", "")):
+            async def lose_the_answer(question: Any) -> Any:
+                rows = await ask_node(question)
+                if "IF NOT EXISTS" in question.prepared_statement.query_string:
                     raise OutcomeUnknownError("lost on its way")
                 return rows
 
-            store._ask = lose_the_answer  # type: ignore[method-assign, assignment]
+            store._rows = lose_the_answer  # type: ignore[method-assign]
             assert await store.append_decision(entry._replace(number=2))
             assert not await store.append_decision(entry._replace(number=2, body='{"other": 1}'))
             assert [known.number for known in await store.read_decisions(f"{begin}")] == [1, 2]

@@ -1,7 +1,8 @@
 """The sidecar with a driver that now and then never answers: `python -m tests.fault.hang 0.1:42 run --config …`.
 
 So many (0.1) of the futures of cassandra-driver are never heard of again: no result, no error, no timeout, as bugs of
-its own have left some. The same goes for messages that are sent straight onto a connection. Each is told of on stderr.
+its own have left some. The same goes for the answers to messages that are sent straight onto a connection: `rows` and
+what is none. Each is told of on stderr.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cassandra.cluster import ResponseFuture
+from cassandra.protocol import RESULT_KIND_ROWS
 
 from sidecar import cli
 from sidecar.store import connection
@@ -29,12 +31,8 @@ def never_complete(share: float, seed: int) -> None:
         sys.stderr.write(json.dumps({"event": "never_completes", "where": where}) + "\n")
         return True
 
-    add_callbacks: Callable[..., Any] = ResponseFuture.add_callbacks
     result: Callable[..., Any] = ResponseFuture.result
     answered: Callable[..., Any] = connection._Shot.answered
-
-    def add_none(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if struck("add_callbacks") else add_callbacks(self, *args, **kwargs)
 
     def wait_for_ever(self: Any, *args: Any, **kwargs: Any) -> Any:
         if struck("result"):
@@ -42,9 +40,9 @@ def never_complete(share: float, seed: int) -> None:
         return result(self, *args, **kwargs)
 
     def forget(self: Any, response: Any) -> Any:
-        return None if struck("answered") else answered(self, response)
+        is_rows = getattr(response, "kind", None) == RESULT_KIND_ROWS
+        return None if struck("rows" if is_rows else "answered") else answered(self, response)
 
-    ResponseFuture.add_callbacks = add_none
     ResponseFuture.result = wait_for_ever
     connection._Shot.answered = forget  # type: ignore[method-assign]
 
