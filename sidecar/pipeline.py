@@ -23,6 +23,7 @@ from sidecar.ledger import Folded
 log = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S: Final = 0.05
+WAITING_BATCHES_MAX: Final = 4  # folded ahead: more would only leave the processor's cache before its turn comes
 UNACKED_FACTOR_MAX: Final = 16  # times the slots: acknowledged batches that wait for one before them have a bound, too
 
 
@@ -59,7 +60,7 @@ class Pipeline:
         self._trades_max = batch_trades_max
         self._bytes_max = batch_bytes_max
         self._inflight_max = inflight_batches_max
-        self._waiting_max = batch_trades_max * inflight_batches_max
+        self._waiting_max = batch_trades_max * WAITING_BATCHES_MAX
         self._unacked_max = inflight_batches_max * UNACKED_FACTOR_MAX
         self._backoff_max_s = retry_backoff_max_s
         self._on_submit = on_submit
@@ -76,7 +77,7 @@ class Pipeline:
         self._waiting.append(folded)
 
     async def room(self) -> None:
-        """Send what can be sent, and wait while more is waiting than the slots could take at once."""
+        """Send what can be sent, and wait while more is waiting than a few batches take."""
         self._fill()
         while len(self._waiting) > self._waiting_max:
             self._changed.clear()

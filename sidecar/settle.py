@@ -41,9 +41,7 @@ from sidecar.tape import Tail, TapeReader, paused_path, read_recorded, read_sett
 
 log = logging.getLogger(__name__)
 
-BURST_EVENTS_MAX: Final = (
-    64  # read from the tape, and folded, without giving the loop away: the database waits meanwhile
-)
+BURST_EVENTS_MAX: Final = 128  # read from the tape, and folded, without giving the loop away: answers wait meanwhile
 _CONFLICT_STEP: Final = "run `sidecar reconcile`; two operators or hosts disagree about these sequences"
 
 

@@ -219,13 +219,13 @@ def test_a_final_error_ends_the_life_and_whoever_waits_in_it(error: Exception) -
     assert raised.group_contains(type(error), match=str(error))
 
 
-def test_room_waits_while_more_is_waiting_than_all_slots_could_take() -> None:
+def test_room_waits_while_more_is_waiting_than_four_batches_take() -> None:
     async def story(pipe: Pipeline, answers: Answers, line: Line) -> None:
-        for _ in range(8 + 8 + 1):
+        for _ in range(8 + 16 + 1):
             pipe.add(line.next())
         room = asyncio.ensure_future(pipe.room())
         await turns()
-        assert len(answers.given) == 2  # 8 under way, 9 waiting: one too many
+        assert len(answers.given) == 2  # 8 under way, 17 waiting: one too many
         assert not room.done()
         await answers.ack(1)
         assert room.done()
