@@ -72,9 +72,9 @@ def attempts(said: Any) -> int:
 
 
 def published(world: World) -> int:
-    """Give the last sequence that the engine's journal holds; it is flushed once a second."""
-    lines = world.journal.read_text().splitlines() if world.journal.exists() else []
-    return max((int(json.loads(line)["seq"]) for line in lines), default=0)
+    """Give the last sequence that the engine's journal holds; it is flushed once a second, now and then mid-line."""
+    lines = world.journal.read_text().splitlines(keepends=True) if world.journal.exists() else []
+    return max((int(json.loads(line)["seq"]) for line in lines if line.endswith("\n")), default=0)
 
 
 def closed(
