@@ -107,13 +107,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             connection.stream_through(frames, args.window)
         if args.warm_up:
             return {"warm_up_s": args.warm_up}
-        machine_s, idle_s = machine.cpu_s()
+        machine_before = machine.cpu_s()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         begun_ns = time.perf_counter_ns()
         answered_ns = connection.stream_through(frames, args.window)
         seconds = (answered_ns[-1] - begun_ns) / 1e9
         used = resource.getrusage(resource.RUSAGE_SELF)
-        machine_s, idle_s = machine.cpu_s()[0] - machine_s, machine.cpu_s()[1] - idle_s
+        machine_s, idle_s = (now - was for now, was in zip(machine.cpu_s(), machine_before, strict=True))
     cpu_s = used.ru_utime + used.ru_stime - usage.ru_utime - usage.ru_stime
     return {
         "trades": trades,

@@ -14,7 +14,6 @@ from typing import NamedTuple, Self
 
 from bench import machine
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -104,6 +103,5 @@ def look(pid: int) -> Sample | None:
     if fields[0] in "ZX":
         return None
     user, system, threads, pages = int(fields[11]), int(fields[12]), int(fields[17]), int(fields[21])
-    return Sample(
-        time.time_ns() // 1_000, (user + system) * TICK_S, pages * PAGE_BYTES, threads, files, *machine.cpu_s()
-    )
+    cpu_s = (user + system) / machine.TICKS_A_S
+    return Sample(time.time_ns() // 1_000, cpu_s, pages * PAGE_BYTES, threads, files, *machine.cpu_s())

@@ -1,7 +1,7 @@
 """The rows in Cassandra or ScyllaDB, over cassandra-driver: what store/base.py promises, on a cluster.
 
 - A batch is one LOGGED BATCH message with the batch's stamp as its protocol write time, so batches may land in any
-  order and any number of times. Its bytes are made here once (encode.py) and kept for the identical retry.
+  order and any number of times. Its bytes are made once (encode.py), and are all that `attempt` keeps for the retry.
 - The driver never retries: the pipeline does (FallthroughRetryPolicy). Every error becomes one of ours in `classified`,
   by type and code, and nowhere else.
 - The loop is never blocked: connecting, preparing, changing tables and closing run in threads of their own; all else
