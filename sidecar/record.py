@@ -1,8 +1,9 @@
 """The recording half: feed → wire → tape. It never waits for the database.
 
 A turn's frames are decoded, given their place, and committed together; what comes meanwhile waits in libzmq and is the
-next turn, unless it is more than a turn takes: then draining goes on beside the disk. When the tape has no room the socket is left alone: frames wait in libzmq, then are dropped by the publisher,
-which shows as a hole. Nothing that was committed is ever harmed by it.
+next turn, unless it is more than a turn takes: then draining goes on beside the disk. When the tape has no room the
+socket is left alone: frames wait in libzmq, then are dropped by the publisher, which shows as a hole. Nothing that was
+committed is ever harmed by it.
 
 What it hears, and does not hear, it tells others through `<tape>.recorded` (JSON, atomic rename).
 """
