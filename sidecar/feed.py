@@ -79,7 +79,6 @@ class Feed:
         self._may_take = may_take
         self._again: asyncio.Handle | None = None
         self._stands = False  # no room: frames wait in libzmq until `resume`
-        self._listens = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._backlog_frames = 0  # taken since the queue was last found empty
         self.frames_total = 0
@@ -88,42 +87,21 @@ class Feed:
         """Connect, and begin to drain; the engine may come and go at any time."""
         self._loop = asyncio.get_running_loop()
         self._socket.connect(self._endpoint)
+        self._loop.add_reader(self._socket.fileno(), self._drain)
         self._loop.add_reader(self._monitor.fileno(), self._hear_monitor)
         self._loop.call_soon(self._hear_monitor)
-        self.resume()  # what came before the reader was there is not announced again
-
-    @property
-    def rests(self) -> bool:
-        """Say whether the descriptor is left alone."""
-        return not self._listens
-
-    def rest(self) -> None:
-        """Leave the descriptor alone until `resume`: what comes meanwhile waits in libzmq and is taken in one go then.
-
-        A wake-up for every frame costs ten times what a frame in a turn of many does. A drain that has stopped at its
-        bound goes on all the same.
-        """
-        if self._listens and self._loop is not None:
-            self._listens = False
-            self._loop.remove_reader(self._socket.fileno())
+        self._schedule()  # what came before the reader was there is not announced again
 
     def resume(self) -> None:
-        """Drain on, if `may_take` had no room or the feed was told to rest."""
-        if self._loop is None:
-            return
-        if not self._listens:
-            self._listens = True
-            self._loop.add_reader(self._socket.fileno(), self._drain)
-            self._drain()
-        elif self._stands:
+        """Drain on, if `may_take` had no room."""
+        if self._stands:
             self._schedule()
 
     def close(self) -> None:
         """Stop draining and let the socket go."""
         if self._loop is not None:
-            self.rest()
+            self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_reader(self._monitor.fileno())
-            self._loop = None
         if self._again is not None:
             self._again.cancel()
         self._socket.disable_monitor()

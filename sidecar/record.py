@@ -1,9 +1,8 @@
 """The recording half: feed → wire → tape. It never waits for the database.
 
-A turn's frames are decoded, given their place, and committed together; what comes meanwhile waits in libzmq and is the
-next turn, unless it is more than a turn takes: then draining goes on beside the disk. When the tape has no room the
-socket is left alone: frames wait in libzmq, then are dropped by the publisher, which shows as a hole. Nothing that was
-committed is ever harmed by it.
+A turn's frames are decoded, given their place, and committed together; while one turn is being committed the next is
+collected. When the tape has no room the socket is left alone: frames wait in libzmq, then are dropped by the publisher,
+which shows as a hole. Nothing that was committed is ever harmed by it.
 
 What it hears, and does not hear, it tells others through `<tape>.recorded` (JSON, atomic rename).
 """
@@ -99,8 +98,7 @@ class Recorder:
         return self._feed.refused
 
     def stop(self) -> None:
-        """Take what has come, and nothing more, from the socket; `run` returns when what was taken is on disk."""
-        self._feed.resume()
+        """Take nothing more from the socket; `run` returns when what was taken is on disk."""
         self._stopping = True
         self._wake.set()
 
@@ -125,12 +123,11 @@ class Recorder:
                     await self._wake.wait()
                     continue
                 begun = now()
-                self._feed.rest()
                 await self._commit()
+                self._feed.resume()
                 rest_s = begun + self._turn_min_s - now()
                 if rest_s > 0 and not self._stopping:
                     await asyncio.sleep(rest_s)
-                self._feed.resume()
         finally:
             for task in beside:
                 task.cancel()
@@ -149,7 +146,6 @@ class Recorder:
                 self.tape.full = str(full)
                 if self._stopping:
                     raise
-                self._feed.resume()  # as far as there is room, the engine is listened to
                 await asyncio.sleep(FULL_RETRY_S)
                 continue
             if self.tape.full is not None:
@@ -227,7 +223,7 @@ class Recorder:
             self._say()
             await asyncio.sleep(min(WATCH_EVERY_S, self._silence_s or WATCH_EVERY_S))
             total, now = self._feed.frames_total - self.other_topics_total, loop.time()
-            if total != heard or self._feed.rests:  # something was heard a moment ago, or the disk is slow
+            if total != heard:
                 if self.silent_since_us:
                     silent_s = (self._now_us() - self.silent_since_us) / 1_000_000
                     log.warning("engine_heard", extra={"silent_s": round(silent_s, 1)})

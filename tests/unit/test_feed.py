@@ -129,30 +129,6 @@ def test_without_room_the_socket_is_left_alone_and_nothing_is_lost_until_there_i
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_while_it_rests_nothing_is_taken_and_what_came_is_taken_in_one_go(run: Any) -> None:
-    async def story() -> None:
-        publisher, turns = Publisher(), Turns()
-        async with feeding(publisher.endpoint, turns.append) as feed:
-            await publisher.subscribed()
-            for life in range(3):
-                feed.rest()
-                feed.rest()  # twice is no harm
-                assert feed.rests
-                publisher.send(b"a%d" % life, b"b%d" % life)
-                await asyncio.sleep(0.1)
-                assert len(turns) == 2 * life
-                feed.resume()
-                assert turns[2 * life :] == [[[b"settlement", b"a%d" % life], [b"settlement", b"b%d" % life]]]
-                publisher.send(b"c")  # and it listens again
-                await until(lambda life=life: len(turns) == 2 * life + 2)  # type: ignore[misc]
-                assert not feed.rests
-        feed.resume()  # closed: nothing is left to be taken
-        publisher.close()
-
-    run(story())
-
-
 def test_what_a_long_queue_took_is_given_back_once_it_is_empty() -> None:
     async def story() -> None:
         publisher, room, taken = Publisher(), 0, 0

@@ -110,37 +110,6 @@ def test_turns_begin_apart_as_asked_and_the_first_after_a_pause_at_once(tmp_path
     assert min(between) >= apart_s * 0.99
 
 
-def test_a_steady_stream_wakes_it_once_a_turn_and_the_engine_is_not_called_silent_meanwhile(tmp_path: Path) -> None:
-    drained: list[int] = []
-
-    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
-        hear = recorder._feed._on_turn
-        recorder._feed._on_turn = lambda turn: (drained.append(len(turn)), hear(turn))[1]  # type: ignore[func-returns-value]
-        for n in range(1, 101):
-            send(publisher, n, n)
-            await asyncio.sleep(0.005)
-            assert not recorder.silent_since_us
-        await until(lambda: reader.runs(1).list() == [(1, 100)])
-
-    tape = tell(tmp_path / "tape.db", story, turn_min_s=0.1, silence_s=0.05)
-    assert tape.recorded_total == 100
-    assert sum(drained) == 100
-    assert len(drained) < 20
-
-
-def test_a_heartbeat_or_another_topic_does_not_leave_it_resting(tmp_path: Path) -> None:
-    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
-        for n in range(1, 6):
-            publisher.send_multipart([b"settlement", pack({"next_sequence": n})])
-            publisher.send_multipart([b"settlement_test", b"x"])
-            await until(lambda n=n: recorder.frames_total == 3 * n - 1)  # type: ignore[misc]
-            send(publisher, n, n)
-            await until(lambda n=n: reader.runs(1).head == n)  # type: ignore[misc]
-
-    tape = tell(tmp_path / "tape.db", story)
-    assert tape.recorded_total == 5
-
-
 def test_what_was_taken_from_the_socket_is_on_disk_when_it_stops(tmp_path: Path) -> None:
     async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
         send(publisher, 1, 5_000)
@@ -209,20 +178,6 @@ def test_a_full_tape_leaves_the_socket_alone_and_recording_goes_on_later(
         assert tape.full is None
 
     tell(tmp_path / "tape.db", story, size_bytes_max=300_000)
-
-
-def test_while_the_tape_is_full_the_engine_is_listened_to_as_far_as_there_is_room(tmp_path: Path) -> None:
-    async def story(publisher: zmq.Socket[bytes], recorder: Recorder, reader: TapeReader) -> None:
-        recorder.tape._size_bytes_max = 0
-        send(publisher, 1, 1)
-        await until(lambda: recorder.tape.full is not None)
-        for n in range(2, 12):
-            send(publisher, n, n)
-            await until(lambda n=n: recorder.frames_total == n)  # type: ignore[misc]
-        recorder.tape._size_bytes_max = 1 << 40
-        await until(lambda: reader.runs(1).list() == [(1, 11)])
-
-    tell(tmp_path / "tape.db", story)
 
 
 def test_a_flood_of_malformed_frames_is_bounded_while_nothing_can_be_committed(
