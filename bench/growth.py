@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from bench.world import Process, World
 
 SAYS = "trades/s, CPU a trade and memory as what is stored grows"
 MORE = """\
-  trades     one store and one settling process, grown to --to trades; at each size a probe
+  trades     one store and one settling process, grown to --to trades; at each size a probe. At the end a second store
+             with --beside trades stands beside it (if that is a tenth or less): probes of both in turns, so that a host
+             that gets slower meanwhile is not taken for growth. The ratio is that of their medians
   accounts   fresh tables for each size, up to --to accounts (user and asset), all of them in the sidecar's memory
   symbols    fresh tables for each number of symbols, up to --to
 
@@ -38,6 +41,7 @@ CHUNK_EVENTS = 250_000
 DEPOSITS_PER_S = 15_000.0  # a million at once would overflow the queues: nobody replays them here
 JUDGED_TRADES_MAX = 2_000_000  # more takes the judge many gigabytes
 ASSETS_A_USER = 3
+TURNS = 5  # of probes in the large store and in the small one, in the end
 TOGETHER_US = 5_000  # acknowledgements of one transaction lie closer together
 
 
@@ -49,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", type=int, metavar="N", help="default: trades and accounts 1,000,000, symbols 200")
     add("--probe", type=int, default=50_000, metavar="N", help="trades measured at each size (default 50,000)")
     add("--users", type=int, default=1_000, metavar="N", help="of trades and symbols (default 1,000)")
+    add("--beside", type=int, default=100_000, metavar="N", help="trades in the small store (default 100,000; 0: none)")
     add("--plot", type=Path, metavar="FILE", help="draw it as PNG")
 
 
@@ -151,8 +156,9 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
         grow = {"trades": grow_trades, "accounts": grow_accounts, "symbols": grow_symbols}[args.of]
         points, equal = grow(args, report, folder, place, sizes(begin, end))
     first, last = points[0], points[-1]
-    # Flatness is judged from 100,000 stored on: below it the caches of everything are still cold.
-    base = next((one for one in points if one["size"] >= 100_000), first) if args.of == "trades" else first
+    base = first
+    if "beside" in last:
+        base, last = last["beside"], last["again"]
     report.figures |= {
         "store": place.name,
         "of": args.of,
@@ -169,6 +175,8 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
     if args.plot:
         draw(args.plot, args.of, place.name, points)
         report.note(f"drawn: {args.plot}")
+    if "again" in points[-1]:
+        points = [*points, base, last]
     head = (args.of, "trades/s", "CPU us a trade", "RSS MiB", "events a batch")
     lines = [[one["size"], one["trades_per_s"], one["cpu_us"], one["rss_mib"], one["events_a_batch"]] for one in points]
     text = table(f"growth of {args.of} in {place.name}; {args.probe:,} trades a probe", head, lines)
@@ -197,24 +205,45 @@ Points = tuple[list[dict[str, Any]], bool | None]
 def grow_trades(
     args: argparse.Namespace, report: Report, folder: Path, place: places.Place, wanted: list[int]
 ) -> Points:
-    """One store that grows."""
-    points = []
-    folder = folder / "run"
+    """One store that grows, and in the end a small one beside it."""
+    points: list[dict[str, Any]] = []
+    end = wanted[-1]
+    with _store_of_trades(args, folder / "run", place) as (large, probe_large):
+        for size in wanted:
+            probe = min(args.probe, size - large.trades)
+            large.grow(size - probe - large.trades)
+            points.append({"size": size, **probe_large(probe)})
+            report.note("{size:,} trades: {trades_per_s:,.0f}/s, {cpu_us} us, {rss_mib} MiB".format(**points[-1]))
+        if args.beside and end >= 10 * args.beside:
+            with _store_of_trades(args, folder / "small", place) as (small, probe_small):
+                small.grow(args.beside)
+                found: dict[str, list[dict[str, Any]]] = {"beside": [], "again": []}
+                for turn in range(TURNS):
+                    for name, one in (("beside", probe_small), ("again", probe_large)):
+                        found[name].append(one(args.probe))
+                        cpu_us, rate = found[name][-1]["cpu_us"], found[name][-1]["trades_per_s"]
+                        report.note(f"turn {turn + 1} of {TURNS}, {name}: {rate:,.0f}/s, {cpu_us} us")
+                for name, size in (("beside", args.beside), ("again", end)):
+                    points[-1][name] = {
+                        "size": size, **{key: runs.middle(one[key] for one in found[name]) for key in found[name][0]}
+                    }  # fmt: skip
+                if judged(args, small, small.settle) is False:
+                    return points, False
+        return points, judged(args, large, large.settle)
+
+
+@contextlib.contextmanager
+def _store_of_trades(
+    args: argparse.Namespace, folder: Path, place: places.Place
+) -> Iterator[tuple[Grower, Callable[[int], dict[str, Any]]]]:
+    """A fresh store with accounts that hold something, and how to probe it."""
     folder.mkdir()
     with place.fresh(folder) as spot, world_of(args, folder, spot) as world:
         grower = Grower(world, args.users)
         with Watch(grower.settle.pid, every_s=0.1) as watch:
             grower.publish(0, deposits=args.users * ASSETS_A_USER)
             grower.settle_all()
-            for size in wanted:
-                probe = min(args.probe, size - grower.trades)
-                grower.grow(size - probe - grower.trades)
-                point = {"size": size, **grower.probe(probe, watch)}
-                points.append(point)
-                report.note(
-                    f"{size:,} trades: {point['trades_per_s']:,.0f}/s, {point['cpu_us']} us, {point['rss_mib']} MiB"
-                )
-        return points, judged(args, grower, grower.settle)
+            yield grower, lambda trades: grower.probe(trades, watch)
 
 
 def grow_accounts(

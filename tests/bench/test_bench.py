@@ -101,6 +101,18 @@ def test_growth_measures_each_size_of_one_store(run: Callable[..., Ran]) -> None
     assert ran.figures["cpu_growth"] > 0
 
 
+@pytest.mark.long
+def test_growth_puts_a_small_store_beside_the_large_one_in_the_end(run: Callable[..., Ran]) -> None:
+    ran = run("growth", "--from", "20000", "--to", "20000", "--probe", "10000", "--beside", "2000", *SMALL)
+    assert ran.status == 0, ran.errors
+    (point,) = ran.figures["points"]
+    small, large = point["beside"], point["again"]
+    assert (small["size"], large["size"]) == (2000, 20000)
+    assert ran.figures["cpu_growth"] == round(large["cpu_us"] / small["cpu_us"], 3)
+    assert ran.figures["cpu_growth_from"] == 2000
+    assert ran.figures["equal"] is True
+
+
 def test_growth_of_symbols_has_tables_for_each(run: Callable[..., Ran]) -> None:
     ran = run("growth", "--of", "symbols", "--from", "3", "--to", "3", "--probe", "100", "--users", "10")
     assert ran.status == 0, ran.errors
