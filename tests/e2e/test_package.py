@@ -60,7 +60,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
             shutil.copy2(ROOT / name, folder / "copy" / name)
     sdist = _built("sdist", folder / "copy", folder)
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12's Python has none
+        archive.extractall(folder / "unpacked", **safely)  # type: ignore[arg-type]
     wheel = _built("wheel", folder / "unpacked" / sdist.name.removesuffix(".tar.gz"), folder)
     yield sdist, wheel
     shutil.rmtree(folder)

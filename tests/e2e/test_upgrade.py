@@ -133,7 +133,8 @@ def earlier(tmp_path: Path) -> list[str]:
     command = ["git", "-C", str(ROOT), "archive", EARLY_COMMIT, "sidecar"]
     packed = subprocess.run(command, capture_output=True, check=True)
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
-        archive.extractall(tmp_path / "earlier", filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12's Python has none
+        archive.extractall(tmp_path / "earlier", **safely)  # type: ignore[arg-type]
     under = ["env", f"PYTHONPATH={tmp_path / 'earlier'}"]
     asked = subprocess.run(
         [*under, sys.executable, "-c", "import sidecar; print(sidecar.__file__)"],

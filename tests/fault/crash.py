@@ -31,7 +31,7 @@ def _is_kind(kind: str) -> Callable[..., bool]:
 
 # Where each point is: classes, a method of theirs, and which of its calls count.
 POINTS: Final[dict[str, tuple[tuple[tuple[type, str], ...], Callable[..., bool]]]] = {
-    "receive": (((zmq.Socket, "recv_multipart"),), lambda *_: True),  # a frame leaves the socket
+    "receive": (((zmq.Socket, "recv"),), lambda *_: True),  # topic or payload leaves the socket
     "append": (((Tape, "append"),), lambda *_: True),  # it gets its place
     "sync": (((Tape, "_write"),), lambda *_: True),  # its turn is committed
     "fold": (((Ledger, "fold"),), lambda *_: True),
