@@ -136,9 +136,9 @@ class Feed:
         take = min(self._turn_frames_max, self._may_take())
         with contextlib.suppress(zmq.Again):
             for _ in range(take):
-                frames = [frame := receive(zmq.NOBLOCK, copy=False, track=False)]
+                frames = [frame := receive(zmq.NOBLOCK, copy=False)]
                 while frame.more:  # a frame knows it: `recv_multipart` asks the socket, which takes as long again
-                    frames.append(frame := receive(zmq.NOBLOCK, copy=False, track=False))
+                    frames.append(frame := receive(zmq.NOBLOCK, copy=False))
                 turn.append([frame.bytes for frame in frames])
         self._stands = not take
         if turn:
