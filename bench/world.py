@@ -29,14 +29,14 @@ def free_port() -> int:
     return port
 
 
-def until(true: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
-    """Wait until something holds; give what it gave."""
+def until(true: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 60.0) -> Any:
+    """Wait until something holds; give what it gave. `what` may be told at the end, when it did not."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := true():
             return value
         time.sleep(0.05)
-    raise AssertionError(f"not within {timeout_s} s: {what}")
+    raise AssertionError(f"not within {timeout_s} s: {what if isinstance(what, str) else what()}")
 
 
 def rules_toml(given: dict[str, Any]) -> str:
@@ -146,7 +146,11 @@ class World:
         return given
 
     def until_acked(self, sequence: int, timeout_s: float = 60.0, tape: str = "tape.db") -> None:
-        until(lambda: self.said(tape).get("acked", 0) >= sequence, f"acked {sequence}: {self.said(tape)}", timeout_s)
+        until(
+            lambda: self.said(tape).get("acked", 0) >= sequence,
+            lambda: f"acked {sequence}: {self.said(tape)}",
+            timeout_s,
+        )
 
     def judge(self, *arguments: str) -> dict[str, Any]:
         """Compare the store with the journal, by a program that shares no code with the sidecar."""

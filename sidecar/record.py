@@ -58,8 +58,9 @@ class Recorder:
         A turn begins `turn_min_s` after the one before it, at the earliest, so that a busy stream shares commits; what
         comes after a pause is recorded at once.
 
-        An engine that is not heard for `silence_s` (0: never mind) is called silent. `refill` fills holes, if anybody
-        serves the past. `secure` gives the feed's socket its keys.
+        An engine that is not heard for `silence_s` (0: never mind) is called silent, and the refill then looks each
+        `silence_s` whether the last frames were lost. `refill` fills holes, if anybody serves the past. `secure` gives
+        the feed's socket its keys.
         """
         self.tape = tape
         self.heard_at_us = 0
@@ -219,6 +220,7 @@ class Recorder:
         """Notice when the engine falls silent and when it is heard again; tell how recording stands."""
         loop = asyncio.get_running_loop()
         heard, heard_at = 0, loop.time()
+        asked_at = heard_at
         while True:
             self._say()
             await asyncio.sleep(min(WATCH_EVERY_S, self._silence_s or WATCH_EVERY_S))
@@ -228,9 +230,14 @@ class Recorder:
                     silent_s = (self._now_us() - self.silent_since_us) / 1_000_000
                     log.warning("engine_heard", extra={"silent_s": round(silent_s, 1)})
                 heard, heard_at, self.silent_since_us = total, now, 0
-            elif self._silence_s and not self.silent_since_us and now - heard_at >= self._silence_s:
-                self.silent_since_us = self._now_us() - int((now - heard_at) * 1_000_000)
-                log.warning("engine_silent", extra={"silence_s": self._silence_s, "heard_at_us": self.heard_at_us})
+                asked_at = now
+            elif self._silence_s and now - asked_at >= self._silence_s:
+                if not self.silent_since_us:
+                    self.silent_since_us = self._now_us() - int((now - heard_at) * 1_000_000)
+                    log.warning("engine_silent", extra={"silence_s": self._silence_s, "heard_at_us": self.heard_at_us})
+                if self.refill is not None:
+                    self.refill.ask_beyond()
+                asked_at = now
 
     def said(self) -> dict[str, Any]:
         """Tell how recording stands: what `<tape>.recorded` holds."""

@@ -1,8 +1,9 @@
 """The refill: fills a tape's holes from whoever serves the past, while recording goes on beyond them.
 
 A conversation begins with `hello` and goes through what the tape lacks, lowest first: at the start (then also what the
-server has above the tape's end), and whenever a hole has stood for a moment (a frame that comes late is not one). The
-subscription is open before the first hello, so nothing falls between. What fails is tried again, with backoff, for
+server has above the tape's end), whenever a hole has stood for a moment (a frame that comes late is not one), and above
+the tape's end again while the engine is silent: when the last frames were lost and nothing follows, no number shows it.
+The subscription is open before the first hello, so nothing falls between. What fails is tried again, with backoff, for
 ever: silence on a new socket, a lie with half as many frames at a time, what the server lacks with the next pass.
 
 What must not happen: that a server's word becomes a frame, a session or a hole. Only frames that were asked for reach
@@ -97,19 +98,23 @@ class Refill:
         self._client = Client(stream=stream, first_id=self._begun_us, frame_bytes_max=frame_bytes_max)
         self._dealer = Dealer(endpoint, ANSWER_BYTES_MAX, secure)
         self._limit = ASK_FRAMES_MAX
+        self._asked_beyond = False  # what the server has above the tape's end
         self._settled: dict[str, Any] = {}
         self._settled_looked_at = -SETTLED_LOOK_S
+
+    def ask_beyond(self) -> None:
+        """Ask once more what lies above the tape's end: the engine says nothing, or nothing arrives."""
+        self._asked_beyond = False
 
     async def run(self, put: Put) -> None:
         """Fill until cancelled. `put` gives frames to the recorder, and how many of them the tape lacked."""
         try:
             await self._hear_settler()
             seen: Need | None = None
-            begun = False
             while True:
                 need = self._need({}, None)
-                if not begun or (need is not None and seen is not None and need.first == seen.first):
-                    begun = await self._try_to_converse(put) or begun
+                if not self._asked_beyond or (need is not None and seen is not None and need.first == seen.first):
+                    self._asked_beyond = await self._try_to_converse(put) or self._asked_beyond
                 seen = need
                 await asyncio.sleep(LOOK_S)
         finally:

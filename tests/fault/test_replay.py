@@ -143,8 +143,9 @@ def test_f01_late_join_of_a_new_host_asks_only_for_what_is_not_durable(tmp_path:
 
 
 def test_f03_burst_beyond_the_high_water_mark(tmp_path: Path, fault: Fault) -> None:
-    """30,000 frames at once against a mark of 200: what both sockets dropped is fetched."""
-    with Past(tmp_path, "engine.receive_hwm_frames=200", "engine.receive_buffer_bytes=4096") as world:
+    """30,000 frames at once against a mark of 200: what both sockets dropped is fetched, the last ones too."""
+    small = ["engine.receive_hwm_frames=200", "engine.receive_buffer_bytes=4096", "engine.silence_s=1.0"]
+    with Past(tmp_path, *small) as world:
         run = world.start("run")
         until(lambda: world.recorded().get("state"), "it records")
         world.publish("--count", "30000", "--hwm", "500")
@@ -159,6 +160,17 @@ def test_f04_last_frames_dropped(tmp_path: Path, fault: Fault) -> None:
         until(lambda: world.recorded().get("state"), "it records")
         dropped = [part for sequence in range(996, 1001) for part in ("--withhold", str(sequence))]
         world.publish("--count", "1000", "--heartbeat-s", "0.2", *dropped)
+        closed(fault, world, run, last=1000, struck=len(dropped) // 2)
+        assert world.recorded()["filled_total"] == 5
+
+
+def test_f04_last_frames_dropped_and_nothing_follows(tmp_path: Path, fault: Fault) -> None:
+    """The last five frames never arrive, and no heartbeat says so: the engine's silence does."""
+    with Past(tmp_path, "engine.silence_s=1.0") as world:
+        run = world.start("run")
+        until(lambda: world.recorded().get("conversations_total") == 1, "what was there at the start is asked for")
+        dropped = [part for sequence in range(996, 1001) for part in ("--withhold", str(sequence))]
+        world.publish("--count", "1000", *dropped)
         closed(fault, world, run, last=1000, struck=len(dropped) // 2)
         assert world.recorded()["filled_total"] == 5
 

@@ -402,6 +402,27 @@ def run_for(filling: Refill, tape: Tape, seconds: float, then: Callable[[], None
     virtual_time.run(story())
 
 
+def test_lost_last_frames_are_asked_for_when_told_that_the_engine_is_silent(tmp_path: Path) -> None:
+    frames = true_frames(0, 9)
+    with tape_at(tmp_path / "tape.db") as tape:
+        for n in range(1, 8):
+            tape.append(decoded(frames[n]))
+        engine = Engine({n: frames[n] for n in range(1, 8)}, 0, [], 1)
+        filling = refilling(tape, engine)
+        run_for(filling, tape, 60, lambda: engine.frames.update(frames))
+        assert (len(on_tape(tape)), filling.conversations_total) == (7, 1)  # no number says that more was published
+
+        def silence() -> None:
+            engine.lies = ["silent"]  # the first try fails: it is asked again without being told again
+            engine.frames.update(frames)
+            filling.ask_beyond()
+
+        run_for(filling, tape, 60, silence)
+        assert on_tape(tape) == frames
+        assert (filling.conversations_total, filling.state) == (3, "idle")
+        assert tape.sessions[1].announced_to == 0  # its word about its end is not written down
+
+
 def test_a_server_that_never_answers_is_asked_for_ever_with_backoff_on_new_sockets(tmp_path: Path) -> None:
     with tape_at(tmp_path / "tape.db") as tape:
         engine = Engine(true_frames(0, 9), 0, ["silent"] * 10**6, 1)
