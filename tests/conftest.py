@@ -33,6 +33,7 @@ settings.register_profile("long", parent=settings.get_profile("house"), max_exam
 
 _missing_tools = pytest.StashKey[str | None]()
 _left_out = pytest.StashKey[dict[str, int]]()
+_reasons = pytest.StashKey[set[str]]()  # of the skips that are counted in it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("long" if config.option.long else "house")
     config.stash[_missing_tools] = None
     config.stash[_left_out] = {}
+    config.stash[_reasons] = set()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -55,20 +57,17 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = config.stash[_left_out]
-    if not config.option.long:
-        long = [item for item in items if item.get_closest_marker("long")]
-        for item in long:
-            item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/test --long"))
-        if long:
-            left_out["tests that take minutes; scripts/test --long runs them"] = len(long)
+    for item in items:
+        if item.get_closest_marker("long") and not config.option.long:
+            _leave_out(
+                item, "takes minutes: scripts/test --long", "tests that take minutes; scripts/test --long runs them"
+            )
     for item in items:
         absent = [name for mark in item.iter_markers("tool") for name in mark.args if shutil.which(name) is None]
         if absent:
-            item.add_marker(pytest.mark.skip(reason=f"not installed here: {', '.join(absent)}"))
-            why = f"tests with real tools: {', '.join(absent)} not installed here"
-            left_out[why] = left_out.get(why, 0) + 1
-    _leave_out_what_lacks_a_tool(items, left_out)
+            names = ", ".join(absent)
+            _leave_out(item, f"not installed here: {names}", f"tests with real tools: {names} not installed here")
+    _leave_out_what_lacks_a_tool(items)
     on_a_node = [item for item in items if item.get_closest_marker("cassandra") and not item.get_closest_marker("skip")]
     if not on_a_node:
         return
@@ -78,13 +77,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if missing is None:
         return
     config.stash[_missing_tools] = missing
-    left_out[f"tests on a real Cassandra node: {missing}"] = len(on_a_node)
-    if os.environ.get("CI") != "true":
+    why = f"tests on a real Cassandra node: {missing}"
+    if os.environ.get("CI") == "true":  # each fails, see below
+        config.stash[_left_out][why] = len(on_a_node)
+    else:
         for item in on_a_node:
-            item.add_marker(pytest.mark.skip(reason=f"no Cassandra node: {missing}"))
+            _leave_out(item, f"no Cassandra node: {missing}", why)
 
 
-def _leave_out_what_lacks_a_tool(items: list[pytest.Item], left_out: dict[str, int]) -> None:
+def _leave_out(item: pytest.Item, reason: str, why: str) -> None:
+    """Skip a test, and count it under what the run's beginning and end say of all that are alike."""
+    left_out = item.config.stash[_left_out]
+    left_out[why] = left_out.get(why, 0) + 1
+    item.config.stash[_reasons].add(reason)
+    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _leave_out_what_lacks_a_tool(items: list[pytest.Item]) -> None:
     """Skip, loudly, the tests whose faults can't be caused here."""
     for item in items:
         for name in (name for mark in item.iter_markers("needs") for name in mark.args):
@@ -92,9 +101,7 @@ def _leave_out_what_lacks_a_tool(items: list[pytest.Item], left_out: dict[str, i
 
             if item.get_closest_marker("skip") or (lacks := TOOLS[name]()) is None:
                 continue
-            why = f"faults that need {name}: {lacks}"
-            left_out[why] = left_out.get(why, 0) + 1
-            item.add_marker(pytest.mark.skip(reason=lacks))
+            _leave_out(item, lacks, f"faults that need {name}: {lacks}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -103,26 +110,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"CI=true, and this can't be run: {missing}", pytrace=False)
 
 
-def _banner(config: pytest.Config) -> list[str]:
-    return [f"NOT RUN ({count}): {why}" for why, count in config.stash[_left_out].items()]
+def _banner(left_out: dict[str, int]) -> list[str]:
+    return [f"NOT RUN ({count}): {why}" for why, count in left_out.items()]
 
 
-def _is_lacking(config: pytest.Config) -> bool:
+def _is_lacking(left_out: dict[str, int]) -> bool:
     """Say whether something can't be run here, beside what is left out by wish."""
-    return any(": " in why for why in config.stash[_left_out])
+    return any(": " in why for why in left_out)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    lines = _banner(config)
+    left_out = config.stash[_left_out]
     bar = "!" * 80
-    return [bar, *lines, bar] if _is_lacking(config) else lines
+    return [bar, *_banner(left_out), bar] if _is_lacking(left_out) else _banner(left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lines = _banner(config)
-    if lines:
-        terminalreporter.section("not run", sep="!" if _is_lacking(config) else "-", bold=True)
-        for line in lines:
+    left_out = config.stash[_left_out].copy()
+    for report in terminalreporter.stats.get("skipped", []):  # what a test itself found that it can't do here
+        why = report.longrepr[2].removeprefix("Skipped: ")
+        if why not in config.stash[_reasons]:
+            why = f"skipped by the test: {why}"
+            left_out[why] = left_out.get(why, 0) + 1
+    if left_out:
+        terminalreporter.section("not run", sep="!" if _is_lacking(left_out) else "-", bold=True)
+        for line in _banner(left_out):
             terminalreporter.line(line)
 
 
