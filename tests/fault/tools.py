@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -102,6 +103,9 @@ def lacks_strace() -> str | None:
 _FAKETIME_PLACES: Final = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/local/lib/faketime/libfaketimeMT.so.1")
 
 
+_CLOCK_LOOK_S: Final = 1  # libfaketime looks at its file so often; each time, and it takes a whole core
+
+
 class Clock:
     """A wall clock that a test sets, for the processes that are started `under` it, also while they run.
 
@@ -113,10 +117,11 @@ class Clock:
         self.set("+0")
 
     def set(self, offset: str) -> None:
-        """Move it: `-2h`, `+2d`, `+0`."""
+        """Move it: `-2h`, `+2d`, `+0`; returns when processes that run have noticed."""
         draft = self._file.with_name(f"{self._file.name}.new")
         draft.write_text(f"{offset}\n")
         draft.replace(self._file)
+        time.sleep(_CLOCK_LOOK_S + 0.1)
 
     @property
     def under(self) -> Sequence[str]:
@@ -127,7 +132,7 @@ class Clock:
             "env",
             f"LD_PRELOAD={library}",
             f"FAKETIME_TIMESTAMP_FILE={self._file}",
-            "FAKETIME_NO_CACHE=1",
+            f"FAKETIME_CACHE_DURATION={_CLOCK_LOOK_S}",
             "FAKETIME_DONT_FAKE_MONOTONIC=1",
             "FAKETIME_DONT_RESET=1",
         ]
