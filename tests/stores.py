@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 STORES = ["sqlite", pytest.param("cassandra", marks=pytest.mark.cassandra)]
 # For what does not depend on the store: Cassandra with --long.
 MOSTLY_SQLITE = ["sqlite", pytest.param("cassandra", marks=[pytest.mark.cassandra, pytest.mark.long])]
+# For what a quicker test of SQLite shows as well (kills: tests/fault/test_kills.py): SQLite with --long.
+MOSTLY_CASSANDRA = [
+    pytest.param("sqlite", marks=pytest.mark.long),
+    pytest.param("cassandra", marks=pytest.mark.cassandra),
+]
 
 
 class StoreUnderTest:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bench.world import ENVIRONMENT, Process, World, until
-from tests.stores import MOSTLY_SQLITE, StoreUnderTest
+from tests.stores import STORES, StoreUnderTest
 
 STREAMS = ("main", "eu", "us")
 USERS = 30
@@ -48,8 +48,9 @@ def _text(world: World, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("under_test", MOSTLY_SQLITE, indirect=True)
+@pytest.mark.parametrize("under_test", STORES, indirect=True)
 def test_three_engines_with_users_in_common_settle_into_one_store(
     tmp_path: Path, seed: int, under_test: StoreUnderTest, worlds: dict[str, World]
 ) -> None:

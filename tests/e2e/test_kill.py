@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.world import Process, World, until
-from tests.stores import MOSTLY_SQLITE, STORES, StoreUnderTest
+from tests.stores import MOSTLY_CASSANDRA, MOSTLY_SQLITE, StoreUnderTest
 
 KILLS = 12
 
@@ -42,7 +42,7 @@ def _restarts_above_1(process: Process) -> bool:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("under_test", STORES, indirect=True)
+@pytest.mark.parametrize("under_test", MOSTLY_CASSANDRA, indirect=True)
 def test_settler_killed_while_it_settles(tmp_path: Path, seed: int, under_test: StoreUnderTest) -> None:
     chance = random.Random(seed)
     with World(
