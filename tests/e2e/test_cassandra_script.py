@@ -223,3 +223,12 @@ def test_statements_are_split_outside_of_quotes_comments_and_batches(text: str, 
         assert split == ["BEGIN UNLOGGED BATCH USING TIMESTAMP 1 a; b APPLY   BATCH", "c"]
     else:
         assert split == statements
+
+
+@pytest.mark.parametrize("bench, slack_ns", [(True, 200_000), (False, None)])
+def test_a_node_to_measure_has_patient_timers_and_others_have_the_systems(*, bench: bool, slack_ns: int | None) -> None:
+    cluster = load("cluster")
+    with cluster.timer_slack(cluster.BENCH_TIMER_SLACK_NS if bench else 0):
+        read = [sys.executable, "-c", "print(open('/proc/self/timerslack_ns').read())"]
+        given = int(subprocess.run(read, capture_output=True, text=True, check=True).stdout)
+    assert given == (slack_ns or int(Path("/proc/self/timerslack_ns").read_text()))
