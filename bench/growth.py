@@ -21,7 +21,8 @@ MORE = """\
              with --beside trades stands beside it (if that is a tenth or less): probes of both in turns, so that a host
              that gets slower meanwhile is not taken for growth. The ratio is that of their medians
   accounts   fresh tables for each size, up to --to accounts (user and asset), all of them in the sidecar's memory
-  symbols    fresh tables for each number of symbols, up to --to
+  symbols    fresh tables for each number of symbols, up to --to; as many accounts each time, so the fewer symbols the
+             more users
 
 A probe: settlement is paused, an engine publishes --probe trades, they are recorded; then settlement goes on, and rate,
 CPU and memory of the settling process count from the first acknowledgement to the last. What lies between two probes is
@@ -52,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", type=int, dest="begin", metavar="N", help="default: trades 10,000, accounts 100, symbols 2")
     add("--to", type=int, metavar="N", help="default: trades and accounts 1,000,000, symbols 200")
     add("--probe", type=int, default=50_000, metavar="N", help="trades measured at each size (default 50,000)")
-    add("--users", type=int, default=1_000, metavar="N", help="of trades and symbols (default 1,000)")
+    add("--users", type=int, default=1_000, metavar="N", help="of trades, and of the most symbols (default 1,000)")
     add("--beside", type=int, default=100_000, metavar="N", help="trades in the small store (default 100,000; 0: none)")
     add("--plot", type=Path, metavar="FILE", help="draw it as PNG")
 
@@ -274,21 +275,23 @@ def grow_accounts(
 def grow_symbols(
     args: argparse.Namespace, report: Report, folder: Path, place: places.Place, wanted: list[int]
 ) -> Points:
-    """Fresh tables for each number of symbols."""
+    """Fresh tables for each number of symbols, which share one asset; the accounts stay as many."""
     points, equal = [], []
+    accounts = args.users * (wanted[-1] + 1)
     for size in wanted:
+        users = accounts // (size + 1)
         run_folder = folder / f"symbols-{size}"
         run_folder.mkdir()
         with (
             place.fresh(run_folder, symbols=size) as spot,
             world_of(args, run_folder, spot, symbols=size) as world,
         ):
-            grower = Grower(world, args.users)
+            grower = Grower(world, users)
             with Watch(grower.settle.pid, every_s=0.1) as watch:
-                grower.publish(0, deposits=args.users * (size + 1))
+                grower.publish(0, deposits=users * (size + 1))
                 grower.settle_all()
                 grower.acked_batches()
-                point = {"size": size, **grower.probe(args.probe, watch)}
+                point = {"size": size, "accounts": users * (size + 1), **grower.probe(args.probe, watch)}
             points.append(point)
             report.note(f"{size} symbols: {point['trades_per_s']:,.0f}/s, {point['cpu_us']} us, {point['rss_mib']} MiB")
             equal.append(judged(args, grower, grower.settle))

@@ -78,9 +78,18 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def insert_rows(db: sqlite3.Connection, head: str, columns: int, rows: list[Any], foot: str = "") -> None:
-    """Insert many rows with few steps: one statement, `head (?, …), … foot`, for many of them."""
+def insert_rows(
+    db: sqlite3.Connection, head: str, columns: int, rows: list[Any], foot: str = "", *, repeatable: bool = False
+) -> None:
+    """Insert many rows with few steps: one statement, `head (?, …), … foot`, for many of them.
+
+    `repeatable` says that a row may stand there twice. The last one is then repeated up to the next power of two: a few
+    statements are prepared for a table, not one for each number of rows that comes along, which with many tables takes
+    longer than the inserting.
+    """
     one = f"({', '.join('?' * columns)})"
     for at in range(0, len(rows), _ROWS_A_STATEMENT):
         some = rows[at : at + _ROWS_A_STATEMENT]
+        if repeatable:
+            some += some[-1:] * ((1 << (len(some) - 1).bit_length()) - len(some))
         db.execute(head + ", ".join([one] * len(some)) + foot, [value for row in some for value in row])

@@ -35,6 +35,7 @@ from sidecar.store.base import (
 T = TypeVar("T")
 
 _CACHE_KIB: Final = 65_536  # a million balance rows; with SQLite's own 2 MiB every trade of 300,000 users reads pages
+_STATEMENTS_KEPT: Final = 2_048  # some for each symbol: with fewer, each of 200 symbols' is prepared anew each time
 _READ_KEYS: Final = 400
 
 _BALANCE_KEY: Final = ("user_id", "asset_id", "stream")
@@ -137,7 +138,7 @@ class SQLiteStore(Store):
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, timeout=5.0, cached_statements=512
+            self.path, isolation_level=None, check_same_thread=False, timeout=5.0, cached_statements=_STATEMENTS_KEPT
         )
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
@@ -288,10 +289,12 @@ class SQLiteStore(Store):
                 if db.execute(query, (stream,)).fetchone()[0] > read:
                     raise StartOver(f"the decisions of stream {stream} are more than the {read} that were read")
             for symbol, rows in trades.items():
-                insert_rows(db, self._trades_head(symbol), len(TRADE_COLUMNS), rows)
+                insert_rows(db, self._trades_head(symbol), len(TRADE_COLUMNS), rows, repeatable=True)
             insert_rows(db, _LEDGER_HEAD, len(LEDGER_COLUMNS), ledger_events)
             insert_rows(db, _REJECTED_HEAD, len(REJECTED_COLUMNS), rejected, _REJECTED_FOOT)
-            insert_rows(db, _BALANCES_HEAD, len(BALANCE_COLUMNS), list(balances.values()), _BALANCES_FOOT)
+            insert_rows(
+                db, _BALANCES_HEAD, len(BALANCE_COLUMNS), list(balances.values()), _BALANCES_FOOT, repeatable=True
+            )
 
     def _trades_head(self, symbol: str) -> str:
         head = self._trades_heads.get(symbol)

@@ -82,6 +82,21 @@ def test_all_rows_are_inserted_however_many(rows: int) -> None:
     assert db.execute("SELECT * FROM t").fetchall() == [(n, -n) for n in range(rows)]
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 127, 128, 129, 200, 1_000])
+def test_rows_that_may_stand_twice_take_few_statements(rows: int) -> None:
+    db = sqlite3.connect(":memory:")
+    db.execute("CREATE TABLE t (a PRIMARY KEY, b)")
+    statements: list[str] = []
+    db.set_trace_callback(statements.append)
+    given = [(n, -n) for n in range(rows)]
+    insert_rows(db, "INSERT OR REPLACE INTO t VALUES ", 2, given, repeatable=True)
+    sizes = [statement.count("(") for statement in statements if statement.startswith("INSERT")]
+    assert {size & (size - 1) for size in sizes} <= {0}  # powers of two only
+    assert sum(sizes) < 2 * max(rows, 1)
+    assert given == [(n, -n) for n in range(rows)]  # the caller's list stays as it is
+    assert db.execute("SELECT * FROM t ORDER BY a").fetchall() == given
+
+
 @pytest.mark.parametrize("errors", [[sqlite3.IntegrityError], [KeyboardInterrupt], []])
 def test_a_transaction_is_whole_or_not_at_all(errors: list[type[BaseException]]) -> None:
     db = sqlite3.connect(":memory:", isolation_level=None)
