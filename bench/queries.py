@@ -44,8 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[str], str, bool]:
     """Measure."""
     workload = runs.Workload(trades=0, users=args.users)
-    spare_s = 4.0 + 2 * args.ask_first  # the asking process starts meanwhile
-    engine = workload.steady(args.rate, args.ramp + args.seconds + spare_s)
+    engine = workload.steady(args.rate)  # until all was asked
     asked: dict[str, Any] = {}
     asked_us = [0, 0]
 

@@ -90,6 +90,7 @@ def test_queries_are_all_answered_right(run: Callable[..., Ran]) -> None:
     assert ran.status == 0, ran.errors
     assert (ran.figures["trade_exists"]["asked"], ran.figures["balance"]["asked"]) == (50, 50)
     assert ran.figures["wrong"] == 0
+    assert ran.figures["settled"]["p50_ms"] > 0  # trades settled in those very seconds
 
 
 def test_growth_measures_each_size_of_one_store(run: Callable[..., Ran]) -> None:
