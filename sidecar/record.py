@@ -219,8 +219,7 @@ class Recorder:
     async def _watch(self) -> None:
         """Notice when the engine falls silent and when it is heard again; tell how recording stands."""
         loop = asyncio.get_running_loop()
-        heard, heard_at = 0, loop.time()
-        asked_at = heard_at
+        heard, since = 0, loop.time()  # since when nothing came, or since the refill was last told so
         while True:
             self._say()
             await asyncio.sleep(min(WATCH_EVERY_S, self._silence_s or WATCH_EVERY_S))
@@ -229,15 +228,14 @@ class Recorder:
                 if self.silent_since_us:
                     silent_s = (self._now_us() - self.silent_since_us) / 1_000_000
                     log.warning("engine_heard", extra={"silent_s": round(silent_s, 1)})
-                heard, heard_at, self.silent_since_us = total, now, 0
-                asked_at = now
-            elif self._silence_s and now - asked_at >= self._silence_s:
+                heard, since, self.silent_since_us = total, now, 0
+            elif self._silence_s and now - since >= self._silence_s:
                 if not self.silent_since_us:
-                    self.silent_since_us = self._now_us() - int((now - heard_at) * 1_000_000)
+                    self.silent_since_us = self._now_us() - int((now - since) * 1_000_000)
                     log.warning("engine_silent", extra={"silence_s": self._silence_s, "heard_at_us": self.heard_at_us})
                 if self.refill is not None:
                     self.refill.ask_beyond()
-                asked_at = now
+                since = now
 
     def said(self) -> dict[str, Any]:
         """Tell how recording stands: what `<tape>.recorded` holds."""
