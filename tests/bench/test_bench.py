@@ -177,6 +177,9 @@ def test_compare_measures_every_way_on_the_same_rows(run: Callable[..., Ran], ca
     assert not [why for why in figures["invalid_because"] if "equal" in why or "rows" in why]
     assert figures["ratios"]["sidecar/ceiling"] == pytest.approx(figures["sidecar_tps"] / figures["ceiling_tps"], 0.01)
     assert ran.line["versions"]["cassandra"]
+    assert ran.errors.count("uncounted: ") == 2
+    assert ran.errors.index("uncounted: live") < ran.errors.index("round 1: ")
+    assert [*figures["ceiling_candidates"]] == ["16x8"]
 
 
 @pytest.mark.long
@@ -426,6 +429,21 @@ def test_compare_is_valid_only_with_a_true_ceiling_and_equal_rows(changed: dict[
     compare.judge(figures, rounds)
     assert figures["valid"] is (why is None)
     assert why is None or why in " ".join(figures["invalid_because"])
+
+
+def test_the_ceiling_is_the_candidate_with_the_best_median_not_the_luckiest_of_each_round() -> None:
+    rates = {16: [30_000.0, 20_000.0, 21_000.0], 32: [22_000.0, 26_000.0, 24_000.0]}
+    rounds = [
+        {
+            "equal": number != 1,  # the candidate that is not chosen wrote wrong rows there
+            "candidates": [{"batch": batch, "trades_per_s": of[number], "equal": True} for batch, of in rates.items()],
+        }
+        for number in range(3)
+    ]
+    chosen = compare.ceiling(rounds)
+    assert [one["batch"] for one in chosen] == [32, 32, 32]
+    assert [one["trades_per_s"] for one in chosen] == rates[32]
+    assert [one["equal"] for one in chosen] == [True, False, True]
 
 
 def test_the_engine_goes_on_after_binance_without_a_break() -> None:
