@@ -594,8 +594,10 @@ class TapeReader:
             "SELECT output_sequence, recorded_at_us, payload, checksum FROM frames"
             " WHERE session = ? AND output_sequence BETWEEN ? AND ? ORDER BY output_sequence LIMIT ?"
         )
-        found = []
+        found: list[tuple[int, int, bytes]] = []
         for sequence, at_us, payload, stored in self._db.execute(query, (session, first, last, frames_max)).fetchall():
+            if type(sequence) is not int or type(payload) is not bytes:  # a page's bits say what is what, too
+                raise TapeDamagedError(session, found[-1][0] + 1 if found else first)
             if checksum(session, sequence, payload) != stored:
                 raise TapeDamagedError(session, sequence)
             found.append((sequence, at_us, payload))
@@ -634,11 +636,15 @@ class TapeReader:
         return events
 
     def _lacks(self, session: int, sequence: int) -> bool:
-        """Say whether a frame that `runs` names is missing; one statement, so one moment of the tape."""
+        """Say whether a frame that `runs` names is missing; one statement, so one moment of the tape.
+
+        It looks the way `frames` does: where a page of the tree is damaged, a frame that can't be read as one of a
+        range may be found all the same when it is asked for by its number.
+        """
         query = (
             "SELECT EXISTS (SELECT 1 FROM runs WHERE session = ?1 AND first_sequence <= ?2 AND last_sequence >= ?2)"
             " AND EXISTS (SELECT 1 FROM sessions WHERE session = ?1 AND pruned_to < ?2)"
-            " AND NOT EXISTS (SELECT 1 FROM frames WHERE session = ?1 AND output_sequence = ?2)"
+            " AND NOT EXISTS (SELECT 1 FROM frames WHERE session = ?1 AND output_sequence BETWEEN ?2 AND ?2)"
         )
         with _damage(session, "which sequences are there"):
             return bool(self._db.execute(query, (session, sequence)).fetchone()[0])

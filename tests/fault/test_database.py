@@ -99,6 +99,8 @@ def test_f24_database_away_for_ten_minutes(tmp_path: Path, fault: Fault, own_nod
         said = world.status()
         assert (said["holes"], said["sessions"]) == ([], 1)
         assert run.term() == 0
+    own_node.stop()  # flushes: whoever kills it next would wait for all of this to be replayed from its commit log
+    own_node.start()
 
 
 def _resident_kib(pid: int) -> int:

@@ -7,11 +7,13 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -677,6 +679,54 @@ def follow_until_damaged(reader: TapeReader) -> list[Event]:
             found += burst
     assert raised.value.sequence == len(found) + 1
     return found
+
+
+def test_a_frame_whose_bytes_became_something_else_is_damage(path: Path) -> None:
+    with recorder(path) as tape:
+        record(tape, trade(1), trade(2), trade(3))
+    edit(path, "UPDATE frames SET payload = 'text' WHERE output_sequence = 2")
+    with looking(path) as reader:
+        assert numbers(reader.read(1, 0, 100)) == [1]
+        with pytest.raises(TapeDamagedError) as raised:
+            reader.read(1, 1, 100)
+        assert raised.value.sequence == 2
+
+
+def test_a_flipped_bit_in_a_page_s_head_never_makes_frames_that_are_there_look_as_if_none_came_yet(
+    path: Path, seed: int
+) -> None:
+    """A range of the tree may then read as empty though each frame in it is found by its number."""
+    chance = random.Random(seed)
+    with recorder(path) as tape:
+        record(tape, *(trade(number) for number in range(1, 401)))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    sound = path.read_bytes()
+    page_bytes = int.from_bytes(sound[16:18], "big")
+    ends = Counter[str]()
+    for _ in range(600):
+        damaged = bytearray(sound)
+        page = chance.randrange(1, len(sound) // page_bytes)
+        damaged[page * page_bytes + chance.randrange(12)] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        ends[_how_reading_ends(path, 400)] += 1
+    print(ends)
+    assert ends["damage told"] > 0
+    assert not [end for end in ends if end.startswith("waits")]
+
+
+def _how_reading_ends(path: Path, last: int) -> str:
+    after = 0
+    try:
+        with looking(path) as reader:
+            while burst := reader.read(1, after, 64):
+                assert numbers(burst) == list(range(after + 1, after + 1 + len(burst)))
+                after += len(burst)
+            if after < last and reader.look(1, after) == Look(None, None) and last in reader.runs(1):
+                return f"waits after {after} as if nothing had come yet"
+    except TapeError:
+        return "damage told"
+    return "all read" if after == last else "a hole told"
 
 
 def test_a_repeat_of_a_damaged_frame_is_no_contradiction_by_the_engine(path: Path) -> None:
