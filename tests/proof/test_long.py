@@ -65,7 +65,7 @@ def test_every_corruption_over_100_000_trades(tmp_path: Path, cassandra_node: No
 
 
 @pytest.mark.parametrize("under_test", STORES, indirect=True)
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1_500)
 def test_ten_full_proofs_in_a_row_at_1_000_a_second(tmp_path: Path, under_test: StoreUnderTest) -> None:
     burst, quiet, events_max = 2_000, 3_000, 250_000  # the engine is stopped when the proofs are through
     ack_log = tmp_path / "acks.txt"
