@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,7 +203,7 @@ def ceiling(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     best = max(
         zip(*(one["candidates"] for one in rounds), strict=True),
-        key=lambda candidate: statistics.median(one["trades_per_s"] for one in candidate),
+        key=lambda candidate: runs.middle(one["trades_per_s"] for one in candidate),
     )
     return [done | {"equal": one["equal"]} for done, one in zip(best, rounds, strict=True)]
 

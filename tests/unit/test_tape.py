@@ -716,17 +716,15 @@ def test_a_flipped_bit_in_a_page_s_head_never_makes_frames_that_are_there_look_a
 
 
 def _how_reading_ends(path: Path, last: int) -> str:
-    after = 0
     try:
         with looking(path) as reader:
-            while burst := reader.read(1, after, 64):
-                assert numbers(burst) == list(range(after + 1, after + 1 + len(burst)))
-                after += len(burst)
-            if after < last and reader.look(1, after) == Look(None, None) and last in reader.runs(1):
-                return f"waits after {after} as if nothing had come yet"
+            found = numbers(follow(reader, 1, events_max=64))
+            assert found == list(range(1, len(found) + 1))
+            if len(found) < last and reader.look(1, len(found)) == Look(None, None) and last in reader.runs(1):
+                return f"waits after {len(found)} as if nothing had come yet"
     except TapeError:
         return "damage told"
-    return "all read" if after == last else "a hole told"
+    return "all read" if len(found) == last else "a hole told"
 
 
 def test_a_repeat_of_a_damaged_frame_is_no_contradiction_by_the_engine(path: Path) -> None:
