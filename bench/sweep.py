@@ -22,15 +22,17 @@ a batch, 16 under way) is measured in each round too: it tells how the machine a
 With --latency each variant is also given events at a fixed rate, after the last round.
 
   --tables  as shipped, and with other compaction and compression of all tables (ALTER TABLE, before the first row)
-  --jvm     each in a node of its own, warmed up (these can't share a --port): g1 (2 GiB, 300 ms), g1-50 (50 ms),
-            parallel, zgc, and g1-young (half of the heap for new objects), c1 (the first compiler tier only)
+  --jvm     each in a node of its own, warmed up (these can't share a --port): g1 (2 GiB, 50 ms, old after one
+            collection), g1-shipped (300 ms, old after fifteen, as Cassandra has it), g1-300 and g1-late (only the
+            one or the other), parallel, zgc, and g1-young (half of the heap for new objects), c1 (the first
+            compiler tier only)
 
 examples:
   scripts/bench sweep --vary pipeline.batch_trades_max=8,16,32,48 --vary pipeline.inflight_batches_max=8,16,32,64 \\
       --set pipeline.batch_bytes_max=36_864 --plot sweep.png
   scripts/bench sweep --vary tape.turn_min_s=0,0.001,0.002 --latency 20
   scripts/bench sweep --tables shipped,stcs,lcs,ucs,plain,zstd
-  scripts/bench sweep --jvm g1,g1-50,g1-young,parallel --latency 20 --rounds 2
+  scripts/bench sweep --jvm g1,g1-shipped,g1-young,parallel --latency 20 --rounds 2
 """
 CEILING = (16, 16)
 LATENCY_RAMP_S = 5.0
@@ -44,7 +46,9 @@ TABLES = {
 }
 JVMS = {
     "g1": [],
-    "g1-50": ["-XX:MaxGCPauseMillis=50"],
+    "g1-shipped": ["-XX:MaxGCPauseMillis=300", "-XX:MaxTenuringThreshold=15"],
+    "g1-300": ["-XX:MaxGCPauseMillis=300"],
+    "g1-late": ["-XX:MaxTenuringThreshold=15"],
     "g1-young": ["-Xmn1G"],
     "parallel": ["-XX:-UseG1GC", "-XX:+UseParallelGC"],
     "zgc": ["-XX:-UseG1GC", "-XX:+UseZGC"],
