@@ -14,8 +14,8 @@ from typing import Self
 import certificates
 
 TEST_HEAP, BENCH_HEAP = "512M", "2G"
-# Measured (ARCHITECTURE.md, Chosen from sweeps): what outlives one collection waits in a memtable for minutes; copying it
-# at each of the next fifteen is most of what a collection takes.
+# Measured (ARCHITECTURE.md, Chosen from sweeps): what outlives one collection waits in a memtable for minutes; G1 would
+# copy it at each of the next fifteen.
 BENCH_PAUSES = ["-XX:MaxGCPauseMillis=50", "-XX:MaxTenuringThreshold=1"]
 
 # The distribution's jvm17-server.options; nodetool needs it too.
