@@ -37,21 +37,29 @@ class Watch:
         self._pid = pid
         self._every_s = every_s
         self._over = threading.Event()
+        self._lock = threading.Lock()  # samples are in the order of their time
         self._thread = threading.Thread(target=self._look_on, name=f"watch-{pid}", daemon=True)
 
     def __enter__(self) -> Self:
+        self._look()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._look()
 
     def _look_on(self) -> None:
-        while (sample := look(self._pid)) is not None:
-            self.samples.append(sample)
-            if self._over.wait(self._every_s):
-                return
+        while self._look() and not self._over.wait(self._every_s):
+            pass
+
+    def _look(self) -> bool:
+        with self._lock:
+            sample = look(self._pid)
+            if sample is not None:
+                self.samples.append(sample)
+            return sample is not None
 
     def cpu_s(self, begin_us: int, end_us: int) -> float:
         """Give the CPU time between two moments of the wall clock, interpolated."""
@@ -66,6 +74,8 @@ class Watch:
         return self._passed("idle_s", begin_us, end_us)
 
     def _passed(self, what: str, begin_us: int, end_us: int) -> float:
+        if self._thread.is_alive() and self.samples[-1].at_us < end_us:
+            self._look()  # else what passed since the last look would be missing
         return self._at(what, end_us) - self._at(what, begin_us)
 
     def _at(self, what: str, at_us: int) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,10 +99,10 @@ def test_queries_are_all_answered_right(run: Callable[..., Ran]) -> None:
 
 
 def test_growth_measures_each_size_of_one_store(run: Callable[..., Ran]) -> None:
-    # Enough trades for the kernel's clock ticks of CPU time, 10 ms, to count them.
-    ran = run("growth", "--from", "2000", "--to", "5000", "--probe", "20000", *SMALL)
+    # Enough trades for the kernel's clock ticks of CPU time, 10 ms, to count them; no probe is larger than its size.
+    ran = run("growth", "--from", "20000", "--to", "50000", "--probe", "20000", *SMALL)
     assert ran.status == 0, ran.errors
-    assert [one["size"] for one in ran.figures["points"]] == [2000, 5000]
+    assert [one["size"] for one in ran.figures["points"]] == [20_000, 50_000]
     assert ran.figures["equal"] is True
     assert ran.figures["cpu_growth"] > 0
 
@@ -364,6 +366,18 @@ def test_cpu_between_two_moments_is_interpolated() -> None:
     assert watch.idle_s(1_500, 2_500) == pytest.approx(1.5)
     assert watch.cpu_s(0, 9_000) == pytest.approx(1.0)
     assert (watch.rss_bytes(2_500), watch.rss_bytes_max) == (9, 9)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cpu_since_the_last_look_counts(*, inside: bool) -> None:
+    with Watch(os.getpid(), every_s=600) as watch:
+        begin_us, spent_s = watch.samples[0].at_us, time.process_time() + 0.1
+        while time.process_time() < spent_s:
+            pass
+        end_us = time.time_ns() // 1_000
+        if inside:
+            assert watch.cpu_s(begin_us, end_us) >= 0.07  # less two ticks of 10 ms
+    assert watch.cpu_s(begin_us, end_us) >= 0.07
 
 
 def test_a_process_that_is_gone_is_not_looked_at() -> None:
