@@ -194,7 +194,8 @@ def world_of(
 ) -> World:
     """Give a world whose tape keeps nothing that is durable."""
     settings = [
-        "tape.retention_s=0", "pipeline.durable_after_s=1", f"pipeline.accounts_max={accounts_max}", *args.set,
+        "tape.retention_s=0", "pipeline.durable_after_s=1", f"pipeline.accounts_max={accounts_max}", runs.NO_PROOF,
+        *args.set,
     ]  # fmt: skip
     return World(
         folder, source="generated", store=spot.settings, judged=spot.judged, settings=settings, symbols=symbols

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, report: Report, folder: Path) -> tuple[list[st
     with places.place(args.store, args.port, folder / "warm-up", report, args.warm_up) as place:
         report.note(f"settling {args.rate:,.0f} events/s")
         done = runs.settle_live(
-            place, folder / "run", engine, settings=[*args.set, "reconcile.interval_s=0"], judge=args.judge,
+            place, folder / "run", engine, settings=args.set, judge=args.judge,
             watch_every_s=0.25, meanwhile=prove,
         )  # fmt: skip
     findings = sum(len(one["findings"]) + len(one["not_checked"]) for one in said)

@@ -56,7 +56,7 @@ def settle_together(
             own.mkdir()
             runs.copy_tape(tape, own)
             (own / "tape.db.paused").touch()
-            of_stream = [f"stream.name={name}", *settings]
+            of_stream = [f"stream.name={name}", runs.NO_PROOF, *settings]
             world = World(own, source="mixed", store=spot.settings, judged=spot.judged, settings=of_stream)
             stack.enter_context(world).journal = tape.journal
             process = world.start("settle", f"pipeline.ack_log={own / 'acks'}")

@@ -51,7 +51,7 @@ class Watch:
         self._look()
 
     def _look_on(self) -> None:
-        while self._look() and not self._over.wait(self._every_s):
+        while not self._over.wait(self._every_s) and self._look():
             pass
 
     def _look(self) -> bool:
